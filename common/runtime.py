@@ -1,0 +1,265 @@
+"""What every training loop needs and no loop should write twice: keyed randomness, crash-safe checkpoints, ranks.
+
+Nothing here owns a loop. A script reads top to bottom; it calls these functions where it needs them.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; start the same command again to go on
+EXIT_NOT_FINITE = 3
+
+
+# ------------------------------------------------------------------------------------------------ keyed randomness
+def keyed_seed(seed: int, *key: int | str) -> int:
+    """A 63-bit seed that is a pure function of (seed, *key): nothing to save, nothing to forget on resume."""
+    digest = hashlib.sha256(repr((int(seed), *key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def keyed_generator(seed: int, *key: int | str) -> torch.Generator:
+    """A CPU generator seeded by `keyed_seed`. CPU even on CUDA runs, so that draws do not depend on the device."""
+    return torch.Generator().manual_seed(keyed_seed(seed, *key))
+
+
+def keyed_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The data order of one epoch: a permutation of range(n), a pure function of (seed, epoch)."""
+    return torch.randperm(n, generator=keyed_generator(seed, "order", epoch))
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch; `deterministic` also makes CUDA kernels repeatable (slower)."""
+    random.seed(keyed_seed(seed, "python"))
+    np.random.seed(keyed_seed(seed, "numpy") % 2**32)  # noqa: NPY002 - libraries that use the global state
+    torch.manual_seed(keyed_seed(seed, "torch"))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+# ------------------------------------------------------------------------------------------------ devices and ranks
+@dataclass(frozen=True)
+class World:
+    """Where this process runs. One process: rank 0 of 1."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA when there is one. Asking for a CUDA that is not there is an error, never a silent CPU run."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (DEVICE=cpu)")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_up_world(device: str = "auto") -> World:
+    """Join the process group when torchrun started us (RANK and WORLD_SIZE are set); else a world of one."""
+    chosen = select_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return World(0, 1, chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def average_gradients(gradients) -> None:
+    """Average tensors over all ranks, in place, with one flat all_reduce a dtype.
+
+    Takes gradients (`p.grad`s, or what `torch.autograd.grad` returned); None entries are passed over. DDP does not
+    see `autograd.grad` and `.module` calls, so searches, RL and local losses call this instead. No-op in one process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        if gradient is not None:
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for tensors in by_dtype.values():
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast_from_main(tensors) -> None:
+    """Give every rank rank 0's values, in place (parameters at the start, batch-norm buffers before evaluation)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def rng_state() -> dict:
+    """The global generators of this process as tensors, so that `torch.load(weights_only=True)` opens them."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    python = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [python[0], torch.tensor(python[1]), python[2]],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(binary file)` on a temporary name, fsync, rename to `path`, fsync the folder: all or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+                        "--work-dir (the last good checkpoint is untouched)") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=1, sort_keys=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(work_dir: Path, position: int, state: dict, identity: dict, world: World, keep: int = 2) -> None:
+    """Write `checkpoint-<position>.pt`; older ones go only after it is safely there.
+
+    `state` holds all that moves. `identity` is what a resume must agree on (the resolved config and the seed).
+    Every rank calls it: the RNG state of each is gathered, rank 0 writes.
+    """
+    states = [rng_state()]
+    if world.size > 1:
+        states = [None] * world.size
+        dist.all_gather_object(states, rng_state())
+    if world.is_main:
+        payload = {"position": position, "state": state, "identity": identity, "rng": states}
+        write_atomic(Path(work_dir) / f"checkpoint-{position:09d}.pt", lambda file: torch.save(payload, file))
+        for old in checkpoints(work_dir)[keep:]:
+            old.unlink(missing_ok=True)
+    if world.size > 1:
+        dist.barrier()
+
+
+def checkpoints(work_dir: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(Path(work_dir).glob("checkpoint-*.pt"), reverse=True)
+
+
+def load_checkpoint(work_dir: Path, identity: dict, world: World, resume: str = "auto") -> dict | None:
+    """State of the newest checkpoint that opens, with the RNG restored; None when there is none to go on from.
+
+    A truncated file is passed over with a message. One of another config is refused: its differing keys are named.
+    """
+    if resume == "never":
+        for old in checkpoints(work_dir) if world.is_main else []:
+            old.unlink()
+        return None
+    for path in checkpoints(work_dir):
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file raises: zip, pickle, EOF, key errors
+            print(f"{path} does not open ({type(error).__name__}); trying the one before", flush=True)
+            continue
+        differing = sorted(k for k in {*identity, *payload["identity"]} if identity.get(k) != payload["identity"].get(k))
+        if differing:
+            told = ", ".join(f"{k}: {payload['identity'].get(k)!r} there, {identity.get(k)!r} here" for k in differing)
+            raise UserError(f"{path} belongs to another configuration ({told}); use another --work-dir, the same "
+                            "settings, or --resume never to start over")
+        if len(payload["rng"]) != world.size:
+            raise UserError(f"{path} was written by {len(payload['rng'])} processes, this run has {world.size}; "
+                            "start the same number, or --resume never to start over")
+        set_rng_state(payload["rng"][world.rank])
+        print(f"resumed from {path}", flush=True)
+        return payload["state"]
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ stopping
+class Stopped(Exception):
+    """Raised after a SIGTERM once the checkpoint is safe; `common.cli.main` exits with 75."""
+
+
+class StopFlag:
+    """True once SIGTERM or SIGUSR1 arrived. Ranks agree by a MAX all_reduce: ask at the same step on each."""
+
+    def __init__(self, world: World):
+        self.world, self.seen = world, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._set)
+
+    def _set(self, *_):
+        self.seen = True
+
+    def __bool__(self) -> bool:
+        if self.world.size == 1:
+            return self.seen
+        flag = torch.tensor(int(self.seen), device=self.world.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class NotFinite(Exception):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def require_finite(loss: torch.Tensor | float, step: int, lr: float, what: str = "loss") -> float:
+    """The value as a float (this waits for the device: call it every k steps, not each). Raises NotFinite."""
+    value = float(loss)
+    if not np.isfinite(value):
+        raise NotFinite(f"{what} is {value} at step {step}, learning rate {lr:g}; the last good checkpoint is kept: "
+                        "lower the learning rate, or clip harder, and start again")
+    return value
+
+
+def weights_sha256(*modules: torch.nn.Module) -> str:
+    """Digest of all parameters and buffers, in state-dict order: equal digests mean bit-identical weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
