@@ -153,8 +153,10 @@ def write_atomic(path: Path, write) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-                        "--work-dir (the last good checkpoint is untouched)") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+            "--work-dir (the last good checkpoint is untouched)"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -203,14 +205,20 @@ def load_checkpoint(work_dir: Path, identity: dict, world: World, resume: str = 
         except Exception as error:  # whatever a damaged file raises: zip, pickle, EOF, key errors
             print(f"{path} does not open ({type(error).__name__}); trying the one before", flush=True)
             continue
-        differing = sorted(k for k in {*identity, *payload["identity"]} if identity.get(k) != payload["identity"].get(k))
+        differing = sorted(
+            k for k in {*identity, *payload["identity"]} if identity.get(k) != payload["identity"].get(k)
+        )
         if differing:
             told = ", ".join(f"{k}: {payload['identity'].get(k)!r} there, {identity.get(k)!r} here" for k in differing)
-            raise UserError(f"{path} belongs to another configuration ({told}); use another --work-dir, the same "
-                            "settings, or --resume never to start over")
+            raise UserError(
+                f"{path} belongs to another configuration ({told}); use another --work-dir, the same "
+                "settings, or --resume never to start over"
+            )
         if len(payload["rng"]) != world.size:
-            raise UserError(f"{path} was written by {len(payload['rng'])} processes, this run has {world.size}; "
-                            "start the same number, or --resume never to start over")
+            raise UserError(
+                f"{path} was written by {len(payload['rng'])} processes, this run has {world.size}; "
+                "start the same number, or --resume never to start over"
+            )
         set_rng_state(payload["rng"][world.rank])
         print(f"resumed from {path}", flush=True)
         return payload["state"]
@@ -223,7 +231,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """True once SIGTERM or SIGUSR1 arrived. Ranks agree by a MAX all_reduce: ask at the same step on each."""
+    """Remembers that SIGTERM or SIGUSR1 arrived."""
 
     def __init__(self, world: World):
         self.world, self.seen = world, False
@@ -233,9 +241,12 @@ class StopFlag:
     def _set(self, *_):
         self.seen = True
 
-    def __bool__(self) -> bool:
+    def at(self, step: int, every: int = 16) -> bool:
+        """Whether to save and leave after this step. With several ranks they agree every 16 steps (one all_reduce)."""
         if self.world.size == 1:
             return self.seen
+        if step % every:
+            return False
         flag = torch.tensor(int(self.seen), device=self.world.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
@@ -249,8 +260,10 @@ def require_finite(loss: torch.Tensor | float, step: int, lr: float, what: str =
     """The value as a float (this waits for the device: call it every k steps, not each). Raises NotFinite."""
     value = float(loss)
     if not np.isfinite(value):
-        raise NotFinite(f"{what} is {value} at step {step}, learning rate {lr:g}; the last good checkpoint is kept: "
-                        "lower the learning rate, or clip harder, and start again")
+        raise NotFinite(
+            f"{what} is {value} at step {step}, learning rate {lr:g}; the last good checkpoint is kept: "
+            "lower the learning rate, or clip harder, and start again"
+        )
     return value
 
 
@@ -263,3 +276,24 @@ def weights_sha256(*modules: torch.nn.Module) -> str:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def require_finite_weights(module: torch.nn.Module, step: int, lr: float) -> None:
+    """Before a checkpoint: a NaN must never replace the last good one. Waits for the device once."""
+    sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
+    require_finite(sums.sum(), step, lr, "sum of the weights")
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over all ranks (counts of correct answers, for one). No-op in one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def log_epoch(job, curve: list[dict], title: str) -> None:
+    """Print the newest line of the curve; keep all of it in metrics.jsonl (rewritten whole, so a resume leaves no twin)."""
+    if job.world.is_main:
+        print(f"{title}: " + ", ".join(f"{k} {v:.5g}" for k, v in curve[-1].items() if k != "epoch"), flush=True)
+        text = "".join(json.dumps(line) + "\n" for line in curve)
+        write_atomic(job.work_dir / "metrics.jsonl", lambda file: file.write(text.encode()))

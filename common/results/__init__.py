@@ -1,0 +1,1 @@
+"""Claims (paper.yaml), records (one JSON a run), verdicts (computed), tables (generated)."""

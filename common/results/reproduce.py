@@ -1,0 +1,112 @@
+"""Run the experiments behind a paper's claims and end in the table: reported against reproduced.
+
+A folder's reproduce.py holds `EXPERIMENTS: dict[str, Experiment]` and hands it to `main`.
+"""
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import datasets
+from common.cli import Job, exit_codes, shared_flags
+from common.errors import UserError
+from common.results import claims, records, tables
+from common.runtime import set_up_world
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`measure(tier, job) -> Measured`, the tiers it can run at, and the data sets a tier needs beyond embedded ones."""
+
+    measure: Callable[[str, Job], records.Measured]
+    tiers: tuple[str, ...]
+    data: dict[str, tuple[str, ...]] = None
+
+
+def chosen(paper: claims.Paper, experiments: dict[str, Experiment], tier: str, claim_id: str | None) -> list[str]:
+    """Names of the experiments that `tier` (and `claim_id`) ask for, in the order of the claims."""
+    wanted = [paper.claim(claim_id)] if claim_id else paper.claims
+    if claim_id and wanted[0].blocked:
+        raise UserError(f"claim {claim_id} cannot be measured: {wanted[0].blocked}")
+    names = list(
+        dict.fromkeys(c.run.experiment for c in wanted if c.run and tier in experiments[c.run.experiment].tiers)
+    )
+    if not names:
+        tiers = experiments[wanted[0].run.experiment].tiers if claim_id else sorted(paper.tiers)
+        raise UserError(
+            f"nothing to run for {claim_id or paper.slug} at tier {tier}; try TIER={' or TIER='.join(tiers)}"
+        )
+    return names
+
+
+def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.Namespace) -> None:
+    paper = claims.load_paper(folder)
+    names = chosen(paper, experiments, args.tier, args.claim)
+    world = set_up_world(args.device)
+    for name in dict.fromkeys(d for n in names for d in (experiments[n].data or {}).get(args.tier, ())):
+        if world.is_main:
+            datasets.prepare(name, args.data)
+    found, started = [], time.perf_counter()
+    for name in names:
+        for seed in args.seeds:
+            work_dir = (args.work_dir or Path("runs") / paper.slug) / f"{name}-{args.tier}-s{seed}"
+            job = Job(seed, world, work_dir, args.data, args.resume, args.deterministic)
+            record = records.reusable(work_dir, folder, job) if args.resume == "auto" else None
+            if record and world.is_main:
+                print(f"== {name}, seed {seed}: done before, in {work_dir} (RESUME=never runs it again)", flush=True)
+            elif not record:
+                if world.is_main:
+                    print(f"== {name}, seed {seed}, {job.device.type}", flush=True)
+                measure = experiments[name].measure
+                record = records.execute(lambda m=measure, j=job: m(args.tier, j), folder, name, args.tier, job)
+            found.append(record)
+    if world.is_main:
+        _, rows = tables.judged(folder, found)
+        shown = [(c, v) for c, v in rows if v.kind not in ("not run", "blocked") and args.claim in (None, c.id)]
+        print(
+            f"\n{paper.title}\n{paper.tiers[args.tier].data}; {world.device.type}; seeds {args.seeds}; "
+            f"{time.perf_counter() - started:.0f} s\n\n{tables.terminal_table(shown)}\n"
+        )
+        if args.claim is None:
+            print(
+                f"{len(rows) - len(shown)} of {len(rows)} claims were not measured here: RESULTS.md lists all, with "
+                "committed evidence."
+            )
+        print(f"Records: {work_dir.parent}/*-{args.tier}-s*/record.json; make record RUN=... makes one evidence.")
+
+
+def parse(argv: list[str] | None = None, prog: str | None = None, paper: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    if paper:
+        parser.add_argument("--paper", required=True, help="slug of the paper: a folder of papers/")
+    shared_flags(parser)
+    parser.add_argument("--claim", help="only what this claim needs")
+    parser.add_argument("--seeds", default="0", help='e.g. "0 1 2" (default: 0)')
+    args = parser.parse_args(argv)
+    with exit_codes():
+        try:
+            args.seeds = [int(seed) for seed in args.seeds.replace(",", " ").split()]
+        except ValueError:
+            raise UserError(f'--seeds {args.seeds!r}: expected whole numbers, such as "0 1 2"') from None
+        if not args.seeds:
+            raise UserError('--seeds is empty: expected whole numbers, such as "0 1 2"')
+    return args
+
+
+def main(experiments: dict[str, Experiment], script: str, argv: list[str] | None = None) -> None:
+    """`python -m papers.<slug>.reproduce`."""
+    folder = Path(script).parent
+    args = parse(argv, prog=f"python -m papers.{folder.name}.reproduce")
+    with exit_codes():
+        reproduce(folder, experiments, args)
+
+
+if __name__ == "__main__":
+    arguments = parse(prog="python -m common.results.reproduce", paper=True)
+    with exit_codes():
+        paper_folder = claims.paper_folder(arguments.paper)
+        module = importlib.import_module(f"papers.{arguments.paper}.reproduce")
+        reproduce(paper_folder, module.EXPERIMENTS, arguments)

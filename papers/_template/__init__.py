@@ -1,0 +1,5 @@
+"""The few names a user imports."""
+
+from .model import Network
+
+__all__ = ["Network"]

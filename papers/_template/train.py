@@ -1,0 +1,94 @@
+"""Train the network; ends with the test error of the last epoch.
+
+python -m papers._template.train --tier quick --seed 0
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common import cli, datasets, runtime
+from common.cli import Job
+from common.metrics.accuracy import topk_correct
+from common.results.records import Measured
+
+from .model import Network
+
+
+@dataclass
+class Config:
+    dataset: str = "digits"  # a set of common.datasets with 8x8 grey images
+    width: int = 16
+    epochs: int = 2
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    save_every: int = 100  # steps between checkpoints, besides one an epoch
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1 or self.save_every < 1:
+            raise ValueError("epochs, batch_size and save_every must be at least 1")
+
+
+@torch.inference_mode()
+def error_rate(model: Network, loader: datasets.DeviceLoader) -> float:
+    """Top-1 error in percent."""
+    model.eval()
+    wrong = sum(len(y) - topk_correct(model(x), y, (1,))[0] for x, y in loader.epoch(0))
+    model.train()
+    return 100 * wrong.item() / loader.samples
+
+
+def run(config: Config, job: Job) -> Measured:
+    runtime.seed_everything(job.seed, job.deterministic)
+    images, tests = (datasets.load(config.dataset, split, job.data) for split in ("train", "test"))
+    loader = datasets.DeviceLoader(images, config.batch_size, job.seed, job.device)
+    test_loader = datasets.DeviceLoader(tests, 256, job.seed, job.device, shuffle=False, drop_last=False)
+    model = Network(config.width, images.classes).to(job.device)
+    optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
+
+    identity = {"script": "_template.train", "seed": job.seed, **dataclasses.asdict(config)}
+    state = {"step": 0, "curve": []}
+    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
+        model.load_state_dict(saved.pop("model"))
+        optimiser.load_state_dict(saved.pop("optimiser"))
+        state = saved
+    stop = runtime.StopFlag(job.world)
+
+    def save():
+        runtime.require_finite_weights(model, state["step"], config.lr)
+        held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
+
+    for epoch in range(state["step"] // len(loader), config.epochs):
+        for x, y in loader.epoch(epoch, state["step"] % len(loader)):
+            loss = F.cross_entropy(model(x), y)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            state["step"] += 1
+            if stop.at(state["step"]):
+                save()
+                raise runtime.Stopped(f"training at step {state['step']} of {len(loader) * config.epochs}")
+            if state["step"] % len(loader) == 0:
+                train_loss = runtime.require_finite(loss, state["step"], config.lr)
+                state["curve"].append({"epoch": epoch, "train_loss": train_loss})
+                runtime.log_epoch(job, state["curve"], f"train epoch {epoch + 1}/{config.epochs}")
+                save()
+            elif state["step"] % config.save_every == 0:
+                save()
+
+    return Measured(
+        metrics={"test_error": {"last": error_rate(model, test_loader), "n": len(tests)}, "chance": {"last": 90.0}},
+        config=dataclasses.asdict(config),
+        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        data={f"{s.name}/{s.split}": s.digest for s in (images, tests)},
+        curve=state["curve"],
+        weights_sha256=runtime.weights_sha256(model),
+    )
+
+
+if __name__ == "__main__":
+    cli.main(run, Config, __file__)

@@ -1,0 +1,205 @@
+"""Search a cell: bi-level, first order. Weights learn on one half of the training set, {alpha, beta} on the other.
+
+    python -m papers.pc_darts.search --tier quick --seed 0
+    torchrun --nproc-per-node 4 -m papers.pc_darts.search --tier full --config full-imagenet
+
+Ends with `genotype.json` in the work dir. Paper section 4.2; official files train_search.py, architect.py.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import cli, runtime
+from common.cli import Job
+from common.metrics.accuracy import topk_correct
+from common.results.records import Measured
+
+from .data import search_loaders
+from .schedule import learning_rate
+from .supernet import SuperNet
+
+
+@dataclass
+class Config:
+    dataset: str = "cifar10"  # any set of common.datasets, or imagenet
+    train_images: int = 0  # the first n of the training set; 0: all
+    test_images: int = 0
+    image_size: int = 0  # 0: as it is; smaller: averaged down (cluttered_digits: drawn at this size)
+    fractions: tuple[float, float] = (0.1, 0.025)  # imagenet: of every class, for weights and for the architecture
+    workers: int = 4  # imagenet: loader processes a rank
+    crop_pad: int = 4
+    flip: bool = True
+    C: int = 16  # initial channels
+    layers: int = 8
+    K: int = 4  # 1/K of the channels pass through the operations; 1: all, as in DARTS
+    edge_norm: bool = True  # beta; off together with K=1: DARTS
+    cell: Literal["shared", "plain"] = "shared"  # the fast cell, or the definition
+    epochs: int = 50
+    arch_start: int = 15  # epochs before {alpha, beta} are touched
+    batch_size: int = 256  # over all ranks
+    lr: float = 0.1
+    lr_min: float = 0.0
+    lr_warmup: int = 0  # epochs of linear warm-up
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float = 5.0  # norm of the weights' gradient
+    arch_lr: float = 6e-4
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    arch_weight_decay: float = 1e-3
+    arch_clip: float = 0.0  # norm of the architecture's gradient; 0: not clipped
+    amp: bool = False  # bfloat16 autocast
+    channels_last: bool = False
+    compile: Literal["off", "default", "reduce-overhead"] = "off"  # reduce-overhead: CUDA graphs
+    log_every: int = 20  # steps between looks at the loss (each waits for the device)
+    save_every: int = 500  # steps between checkpoints, besides one an epoch
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1 or self.log_every < 1 or self.save_every < 1:
+            raise ValueError("epochs, batch_size, log_every and save_every must be at least 1")
+        if not 0 <= self.arch_start <= self.epochs:
+            raise ValueError(f"arch_start must lie in 0..epochs ({self.epochs})")
+        if self.K < 1 or self.C % self.K:
+            raise ValueError(f"K must divide C ({self.C}), as C/K channels pass through the operations; K is {self.K}")
+
+
+def build(config: Config, classes: int) -> SuperNet:
+    stem = "imagenet" if config.dataset == "imagenet" else "cifar"
+    return SuperNet(config.C, classes, config.layers, config.K, stem, config.edge_norm, config.cell)
+
+
+def optimisers(config: Config, model: SuperNet):
+    """SGD for the weights, Adam for {alpha, beta}, which the first never sees."""
+    weights = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    arch = torch.optim.Adam(
+        model.arch_parameters(), config.arch_lr, config.arch_betas, weight_decay=config.arch_weight_decay
+    )
+    return weights, arch
+
+
+def architecture_step(config, forward, arch, optimiser, x, y) -> torch.Tensor:
+    """One Adam step of {alpha, beta} at the current weights (first order). No gradient is made for the weights."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+        loss = F.cross_entropy(forward(x), y)
+    gradients = torch.autograd.grad(loss, arch)
+    runtime.average_gradients(gradients)
+    for parameter, gradient in zip(arch, gradients, strict=True):
+        parameter.grad = gradient
+    if config.arch_clip:
+        torch.nn.utils.clip_grad_norm_(arch, config.arch_clip)
+    optimiser.step()
+    return loss.detach()
+
+
+def weight_step(config, forward, weights, optimiser, x, y) -> torch.Tensor:
+    """One SGD step of the weights at the current {alpha, beta}."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+        loss = F.cross_entropy(forward(x), y)
+    optimiser.zero_grad()
+    loss.backward(inputs=weights)
+    runtime.average_gradients(p.grad for p in weights)
+    torch.nn.utils.clip_grad_norm_(weights, config.clip)
+    optimiser.step()
+    return loss.detach()
+
+
+@torch.inference_mode()
+def accuracy(config, model, loader, world) -> float:
+    """Top-1 in percent over all ranks, running statistics."""
+    model.eval()
+    found = torch.zeros(2, device=world.device)
+    for x, y in loader.epoch(0):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+            logits = model(x)
+        found += torch.stack([topk_correct(logits.float(), y, (1,))[0], torch.tensor(len(y), device=world.device)])
+    model.train()
+    runtime.sum_over_ranks(found)
+    return (100 * found[0] / found[1]).item()
+
+
+def run(config: Config, job: Job) -> Measured:
+    """Search; returns held-out accuracy of the supernet, seconds, and the genotype (also `genotype.json`)."""
+    runtime.seed_everything(job.seed, job.deterministic)
+    loader, arch_loader, held_out, classes, digests = search_loaders(config, job)
+    model = build(config, classes).to(job.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    weights, arch = list(model.parameters()), list(model.arch_parameters())
+    runtime.broadcast_from_main([*weights, *arch])
+    weight_optimiser, arch_optimiser = optimisers(config, model)
+    forward = model if config.compile == "off" else torch.compile(model, mode=config.compile)
+
+    identity = {"script": "pc_darts.search", "seed": job.seed, **dataclasses.asdict(config)}
+    parts = {"model": model, "weights": weight_optimiser, "arch": arch_optimiser}
+    state = {"step": 0, "seconds": 0.0, "curve": [], "loss": 0.0}
+    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+        state = saved
+    per_epoch, clock = min(len(loader), len(arch_loader)), time.perf_counter()
+    total = torch.tensor(state["loss"], device=job.device)  # sum of this epoch's losses
+    stop = runtime.StopFlag(job.world)
+
+    def save():
+        nonlocal clock
+        runtime.require_finite_weights(model, state["step"], lr)
+        state["seconds"] += time.perf_counter() - clock
+        state["loss"], clock = total.item(), time.perf_counter()
+        held = {name: part.state_dict() for name, part in parts.items()}
+        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
+
+    for epoch in range(state["step"] // per_epoch, config.epochs):
+        lr = learning_rate(config, epoch)
+        for group in weight_optimiser.param_groups:
+            group["lr"] = lr
+        searching, start = epoch >= config.arch_start, state["step"] % per_epoch
+        batches = zip(loader.epoch(epoch, start), arch_loader.epoch(epoch, start), strict=False)
+        for (x, y), (x_arch, y_arch) in tqdm(batches, f"search {epoch}", per_epoch - start, leave=False, disable=None):
+            if searching:
+                architecture_step(config, forward, arch, arch_optimiser, x_arch, y_arch)
+            loss = weight_step(config, forward, weights, weight_optimiser, x, y)
+            total += loss
+            state["step"] += 1
+            if state["step"] % config.log_every == 0:
+                runtime.require_finite(loss, state["step"], lr)
+            if stop.at(state["step"]):
+                save()
+                raise runtime.Stopped(f"search at step {state['step']} of {per_epoch * config.epochs}")
+            if state["step"] % per_epoch == 0:
+                mean = runtime.require_finite(total / per_epoch, state["step"], lr)
+                state["curve"].append({"epoch": epoch, "lr": lr, "train_loss": round(mean, 5)})
+                runtime.log_epoch(job, state["curve"], f"search epoch {epoch + 1}/{config.epochs}")
+                total.zero_()
+                save()
+            elif state["step"] % config.save_every == 0:
+                save()
+
+    genotype = model.genotype()
+    held_out_accuracy = accuracy(config, model, held_out, job.world)
+    if job.world.is_main:
+        runtime.write_atomic(job.work_dir / "genotype.json", lambda file: file.write(genotype.to_json().encode()))
+    return Measured(
+        metrics={
+            "held_out_accuracy": {"last": held_out_accuracy},
+            "search_seconds": {"last": round(state["seconds"], 2)},
+            "gpu_days": {"last": state["seconds"] / 86400 * job.world.size},
+        },
+        config=dataclasses.asdict(config),
+        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        data=digests,
+        numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
+        curve=state["curve"],
+        artifacts={"genotype": genotype._asdict(), "alphas_betas": [p.detach().cpu().tolist() for p in arch]},
+        weights_sha256=runtime.weights_sha256(model),
+    )
+
+
+if __name__ == "__main__":
+    cli.main(run, Config, __file__)

@@ -1,0 +1,194 @@
+"""Train an evaluation network: a genotype, stacked, from scratch on the whole training set.
+
+    python -m papers.pc_darts.train --tier full --set genotype=PC_DARTS_cifar
+    python -m papers.pc_darts.train --tier full --set genotype=runs/pc_darts/search-full-s0/genotype.json
+    torchrun --nproc-per-node 8 -m papers.pc_darts.train --tier full --config full-imagenet
+
+Cutout, auxiliary head, drop-path. Ends with the test error of the last epoch. Official files train.py, train_imagenet.py.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import cli, runtime
+from common.cli import Job
+from common.errors import UserError
+from common.metrics.accuracy import topk_correct
+from common.results.records import Measured
+
+from .data import test_loader, train_loader
+from .genotypes import PUBLISHED, Genotype, random_genotype
+from .model import NetworkCIFAR, NetworkImageNet
+from .schedule import learning_rate
+
+
+@dataclass
+class Config:
+    genotype: str = "PC_DARTS_cifar"  # a published name, a JSON file of search.py, or random:<seed>
+    dataset: str = "cifar10"  # any set of common.datasets, or imagenet
+    train_images: int = 0  # the first n of the split; 0: all
+    test_images: int = 0
+    image_size: int = 0  # 0: as it is; smaller: averaged down (cluttered_digits: drawn at this size)
+    workers: int = 4  # imagenet: loader processes a rank
+    crop_pad: int = 4
+    flip: bool = True
+    cutout: int = 16  # side of the square; 0: none
+    C: int = 36
+    layers: int = 20
+    auxiliary: float = 0.4  # weight of the auxiliary head's loss; 0: no head (it needs 32x32 images, or 224x224)
+    drop_path: float = 0.3  # reached linearly at the end
+    label_smoothing: float = 0.0
+    epochs: int = 600
+    batch_size: int = 96  # over all ranks
+    schedule: Literal["cosine", "linear"] = "cosine"
+    lr: float = 0.025
+    lr_min: float = 0.0
+    lr_warmup: int = 0  # epochs of linear warm-up
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float = 5.0
+    amp: bool = False  # bfloat16 autocast
+    channels_last: bool = True
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    test_every: int = 0  # epochs between looks at the test set, for the curve; 0: only at the end
+    log_every: int = 20  # steps between looks at the loss (each waits for the device)
+    save_every: int = 500  # steps between checkpoints, besides one an epoch
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1 or self.log_every < 1 or self.save_every < 1:
+            raise ValueError("epochs, batch_size, log_every and save_every must be at least 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is a probability below 1; it is {self.drop_path}")
+
+
+def find_genotype(name: str) -> Genotype:
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if name.startswith("random:") and name.removeprefix("random:").isdigit():
+        return random_genotype(runtime.keyed_generator(int(name.removeprefix("random:")), "genotype"))
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"no genotype {name!r}; expected one of {', '.join(PUBLISHED)}, random:<seed>, or a JSON file")
+    try:
+        return Genotype.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def build(config: Config, classes: int):
+    network = NetworkImageNet if config.dataset == "imagenet" else NetworkCIFAR
+    return network(find_genotype(config.genotype), config.C, classes, config.layers, config.auxiliary > 0)
+
+
+@torch.inference_mode()
+def error_rates(config, model, loader, world) -> tuple[float, float]:
+    """Top-1 and top-5 error in percent over all ranks."""
+    model.eval()
+    found = torch.zeros(3, device=world.device)
+    for x, y in loader.epoch(0):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+            logits, _ = model(x)
+        found += torch.cat([topk_correct(logits.float(), y, (1, 5)), torch.tensor([len(y)], device=world.device)])
+    model.train()
+    top1, top5 = (100 - 100 * runtime.sum_over_ranks(found)[:2] / found[2]).tolist()
+    return top1, top5
+
+
+def run(config: Config, job: Job) -> Measured:
+    """Train; returns test error (last, and best over the looked-at epochs), and the curve."""
+    runtime.seed_everything(job.seed, job.deterministic)
+    loader, classes, digests = train_loader(config, job)
+    tests, test_size, _, test_digests = test_loader(config, job)
+    model = build(config, classes).to(job.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    weights = list(model.parameters())
+    optimiser = torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
+    forward = DistributedDataParallel(model) if job.world.size > 1 else model
+    forward = forward if config.compile == "off" else torch.compile(forward, mode=config.compile)
+
+    # The genotype itself, not the name of its file, is what a resume must agree on.
+    identity = {"script": "pc_darts.train", "seed": job.seed, **dataclasses.asdict(config)}
+    identity |= {"genotype": find_genotype(config.genotype).to_json(), "classes": classes}
+    parts = {"model": model, "optimiser": optimiser}
+    state = {"step": 0, "seconds": 0.0, "curve": [], "loss": 0.0}
+    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+        state = saved
+    per_epoch, clock = len(loader), time.perf_counter()
+    total = torch.tensor(state["loss"], device=job.device)  # sum of this epoch's losses
+    stop = runtime.StopFlag(job.world)
+
+    def save():
+        nonlocal clock
+        runtime.require_finite_weights(model, state["step"], lr)
+        state["seconds"] += time.perf_counter() - clock
+        state["loss"], clock = total.item(), time.perf_counter()
+        held = {name: part.state_dict() for name, part in parts.items()}
+        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
+
+    for epoch in range(state["step"] // per_epoch, config.epochs):
+        lr = learning_rate(config, epoch)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        model.drop_path_prob = config.drop_path * epoch / config.epochs
+        start = state["step"] % per_epoch
+        for x, y in tqdm(loader.epoch(epoch, start), f"train {epoch}", per_epoch - start, leave=False, disable=None):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+                logits, aux_logits = forward(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+                if aux_logits is not None:
+                    aux_loss = F.cross_entropy(aux_logits, y, label_smoothing=config.label_smoothing)
+                    loss = loss + config.auxiliary * aux_loss
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, config.clip)
+            optimiser.step()
+            total += loss.detach()
+            state["step"] += 1
+            if state["step"] % config.log_every == 0:
+                runtime.require_finite(loss, state["step"], lr)
+            if stop.at(state["step"]):
+                save()
+                raise runtime.Stopped(f"training at step {state['step']} of {per_epoch * config.epochs}")
+            if state["step"] % per_epoch == 0:
+                line = {"epoch": epoch, "lr": lr}
+                line["train_loss"] = round(runtime.require_finite(total / per_epoch, state["step"], lr), 5)
+                if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
+                    runtime.broadcast_from_main(model.buffers())
+                    line["test_error"], line["test_error_top5"] = error_rates(config, model, tests, job.world)
+                state["curve"].append(line)
+                runtime.log_epoch(job, state["curve"], f"train epoch {epoch + 1}/{config.epochs}")
+                total.zero_()
+                save()
+            elif state["step"] % config.save_every == 0:
+                save()
+
+    looked = [line for line in state["curve"] if "test_error" in line]
+    return Measured(
+        metrics={
+            name: {"last": looked[-1][name], "best_test": min(line[name] for line in looked), "n": test_size}
+            for name in ("test_error", "test_error_top5")
+        }
+        | {"train_seconds": {"last": round(state["seconds"], 2)}},
+        config=dataclasses.asdict(config),
+        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        data=digests | test_digests,
+        numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
+        curve=state["curve"],
+        artifacts={"genotype": find_genotype(config.genotype)._asdict()},
+        weights_sha256=runtime.weights_sha256(model),
+    )
+
+
+if __name__ == "__main__":
+    cli.main(run, Config, __file__)

@@ -1,0 +1,233 @@
+"""Rules that every folder of papers/ keeps, tried on each of them (and on papers/_template, which `make new` copies)."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from common.cli import TIERS, build_config, read_yaml
+from common.results import claims, export, new, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = sorted(p.parent for p in (ROOT / "papers").glob("*/__init__.py"))
+SLUGS = [folder.name for folder in FOLDERS]
+SCRIPTS = [
+    f"papers.{p.parent.name}.{p.stem}" for f in FOLDERS for p in sorted(f.glob("*.py")) if "cli.main(" in p.read_text()
+]
+HEADINGS = (
+    "Results",
+    "Run it",
+    "In your own project",
+    "Where the paper is in the code",
+    "Deviations and details the paper omits",
+    "What was easy, what was hard",
+    "Data, licence, citation",
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute module names that a file imports; relative ones resolved to `papers.<slug>...`."""
+    names, package = set(), list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names |= {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
+    return names
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_skeleton_is_complete(slug):
+    folder = ROOT / "papers" / slug
+    needed = [
+        "README.md",
+        "paper.yaml",
+        "__init__.py",
+        "reproduce.py",
+        "LICENSE",
+        *(f"configs/{t}.yaml" for t in TIERS),
+    ]
+    assert [name for name in needed if not (folder / name).is_file()] == []
+    assert (folder / "results").is_dir()
+    assert (ROOT / "tests" / "papers" / slug).is_dir(), "tests mirror the tree"
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    found = re.findall(r"^## (.+)$", (folder / "README.md").read_text(), re.M)
+    assert [h for h in found if h in HEADINGS] == list(HEADINGS), "README sections, in this order"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_folder_travels_alone(slug, tmp_path):
+    """Copied to an empty directory, its README's example (forward and backward) runs without the repository."""
+    shutil.copytree(ROOT / "papers" / slug, tmp_path / slug, ignore=shutil.ignore_patterns("__pycache__"))
+    section = (tmp_path / slug / "README.md").read_text().split("## In your own project")[1]
+    code = re.search(r"```python\n(.+?)```", section, re.S).group(1)
+    assert ".backward()" in code
+    assert f"from {slug} import" in code
+    code += "\nimport sys\nassert not [m for m in sys.modules if m.split('.')[0] in ('common', 'papers')]\nprint('travelled')"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip().endswith("travelled"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_claims_are_valid_and_each_has_a_runnable_experiment(slug):
+    paper = claims.load_paper(ROOT / "papers" / slug)
+    experiments = import_module(f"papers.{slug}.reproduce").EXPERIMENTS
+    for claim in paper.claims:
+        if claim.run:
+            assert claim.run.experiment in experiments, claim.id
+            assert claim.run.tier in experiments[claim.run.experiment].tiers, claim.id
+    used = {claim.run.experiment for claim in paper.claims if claim.run}
+    assert set(experiments) == used, "an experiment without a claim"
+    for experiment in experiments.values():
+        assert set(experiment.tiers) <= set(TIERS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "papers").glob("*/configs/*.yaml")), ids=lambda p: f"{p.parts[-3]}-{p.stem}"
+)
+def test_config_keys_are_known_and_the_header_says_what_it_costs(path):
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("Time:", "Metric:", "Command:"):
+        assert word in header
+    for section, values in read_yaml(path).items():
+        build_config(import_module(f"papers.{path.parts[-3]}.{section}").Config, values or {}, f"{path} [{section}]")
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_imports_follow_the_arrows(slug):
+    folder = ROOT / "papers" / slug
+    for path in folder.rglob("*.py"):
+        others = {n for n in imported(path) if n.startswith("papers.") and n.split(".")[1] != slug}
+        assert not others, f"{path} imports another paper: {others}"
+    reached, todo = set(), [folder / "__init__.py"]  # what a user's `import <slug>` loads: torch and torchvision only
+    while todo:
+        path = todo.pop()
+        reached.add(path)
+        for name in imported(path):
+            if name.split(".")[0] == "papers":
+                file = export.module_file(name, ROOT)
+                todo += [file] if file and file not in reached and file.is_relative_to(folder) else []
+            else:
+                known = {*sys.stdlib_module_names, "torch", "torchvision", "triton", ""}
+                assert name.split(".")[0] in known, f"{path.name} imports {name}"
+
+
+def test_common_imports_no_paper():
+    for path in (ROOT / "common").rglob("*.py"):
+        assert not {n for n in imported(path) if n.split(".")[0] == "papers"}, path
+
+
+def run_script(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [module, *argv])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_scripts_answer_help_and_refuse_bad_flags(module, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_script(module, ["--help"], monkeypatch, capsys)
+    assert code == 0
+    for flag in ("--tier", "--seed", "--device", "--work-dir", "--set", "--resume", "--deterministic", "class Config"):
+        assert flag in out
+    bad = {
+        ("--tier", "huge"): "invalid choice",
+        ("--config", "nowhere"): "no config 'nowhere'",
+        ("--set", "nonsense=1"): "unknown config key 'nonsense'",
+        ("--set", "nonsense"): "not of the form key=value",
+    }
+    for argv, message in bad.items():
+        code, _, err = run_script(module, list(argv), monkeypatch, capsys)
+        assert code == 2, argv
+        assert message in err
+        assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_reproduce_refuses_bad_flags(slug, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module = f"papers.{slug}.reproduce"
+    bad = {
+        ("--claim", "no-such-claim"): "has no claim 'no-such-claim'; it has:",
+        ("--seeds", "one"): "expected whole numbers",
+        ("--seeds", " "): "expected whole numbers",
+    }
+    for argv, message in bad.items():
+        code, _, err = run_script(module, list(argv), monkeypatch, capsys)
+        assert (code, message in err) == (2, True), err
+    assert run_script(module, ["--help"], monkeypatch, capsys)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_paper_is_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "common.results.reproduce", "--paper", "nope"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no paper 'nope' here; there are: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_tables_regenerate_to_the_same_bytes():
+    for path, text in tables.generated(ROOT).items():
+        assert path.read_text() == text, f"{path} is out of step: make results"
+
+
+@pytest.mark.parametrize("slug", [s for s in SLUGS if s != "_template"])
+def test_export_takes_what_is_used_and_nothing_else(slug, tmp_path):
+    """Everything imports there; whether the quick tier runs there is the slow test's business."""
+    files = export.export(slug, tmp_path / "out")
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in files}
+    assert {f"papers/{slug}/paper.yaml", "common/runtime.py", "common/results/reproduce.py", "LICENSE"} <= names
+    assert not [n for n in names if "test" in Path(n).parts[0] or n.startswith("papers/_template")]
+    scripts = [m for m in SCRIPTS if m.split(".")[1] == slug]
+    code = "; ".join(f"import {m}" for m in [*scripts, f"papers.{slug}.reproduce"])
+    code += "; import common, sys; print(common.__file__)"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", env=env, capture_output=True, text=True)
+    assert str(tmp_path) in done.stdout, done.stderr[-2000:]
+    with pytest.raises(Exception, match="is not empty; name a new folder"):
+        export.export(slug, tmp_path / "out")
+
+
+def test_new_folder_passes_the_house_tests(tmp_path):
+    """`make new` in a copy of the house, then this very file over the new folder."""
+    ignore = shutil.ignore_patterns("__pycache__", ".venv", "runs", "data", ".git", "pc_*", ".*cache")
+    house = tmp_path / "house"
+    shutil.copytree(ROOT, house, ignore=ignore)
+    new.new("fresh_paper", house)
+    for slug in ("1st", "Fresh", "a-b", ""):
+        with pytest.raises(Exception, match="cannot name a folder"):
+            new.new(slug, house)
+    with pytest.raises(Exception, match="exists already"):
+        new.new("fresh_paper", house)
+    for command in (
+        ["-m", "common.results"],
+        [
+            "-m",
+            "pytest",
+            "-x",
+            "tests/test_house.py",
+            "tests/papers/fresh_paper",
+            "-k",
+            "fresh_paper or tables or test_model",
+        ],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=house, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "fresh_paper" in (house / "RESULTS.md").read_text()
