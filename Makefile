@@ -7,6 +7,7 @@
 ## CLAIM=id            only this claim of papers/<slug>/paper.yaml
 ## SEEDS="0 1 2"       instead of the seeds of the tier
 ## DEVICE=auto         auto (CUDA if there is one), cpu or cuda
+## RESUME=never        run again from the start what runs/ already holds
 ## DATA=data           where the datasets are or go; also the environment variable REPRO_DATA
 ## DATASET=name        which dataset to fetch
 ## RUN=runs/...        which run to record
@@ -51,9 +52,9 @@ help:  ## this text
 
 setup: $(READY)  ## create .venv and install the locked requirements
 
-reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= DATA=]: run claims; ends in reported against reproduced
+reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= RESUME= DATA=]: run claims; ends in reported against reproduced
 	@$(PY) -m common.results.reproduce --paper $(PAPER) --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) \
-	  $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(DATA),--data "$(DATA)")
+	  $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
 
 results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results

@@ -3,6 +3,7 @@
 Nothing here owns a loop. A script reads top to bottom; it calls these functions where it needs them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -158,7 +159,8 @@ def write_atomic(path: Path, write) -> None:
             "--work-dir (the last good checkpoint is untouched)"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value) -> None:
@@ -258,7 +260,7 @@ class NotFinite(Exception):
 
 def require_finite(loss: torch.Tensor | float, step: int, lr: float, what: str = "loss") -> float:
     """The value as a float (this waits for the device: call it every k steps, not each). Raises NotFinite."""
-    value = float(loss)
+    value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
     if not np.isfinite(value):
         raise NotFinite(
             f"{what} is {value} at step {step}, learning rate {lr:g}; the last good checkpoint is kept: "

@@ -55,11 +55,14 @@ def load(name: str, split: str, root: Path | None = None, **options) -> Images:
 def prepare(name: str, root: Path | None = None) -> None:
     """The step behind `make data DATASET=<name>`: fetch or find, verify, convert. Does nothing that is already done.
 
-    Embedded sets need nothing; `imagenet` is not here, see `common.datasets.imagenet.check`.
+    Embedded sets need nothing; of `imagenet` the folder tree is only checked.
     """
-    from common.datasets import official  # needs torchvision and the network; loading a set needs neither
+    from common.datasets import imagenet, official  # need torchvision; loading a small set does not
 
     root = Path(root or data_root())
+    if name == "imagenet":
+        imagenet.check(root)
+        return
     require_known(name, root)
     if name in official.SOURCES:
         official.convert(name, root)

@@ -3,7 +3,12 @@
 One handwritten digit at a random place, size, slant and aspect on a textured colour canvas, among distractors: straight
 strokes, and halves of other digits. Training and test images are drawn from disjoint handwritten digits.
 
-HARDNESS
+Why it is hard: the digit's polarity, colour, place, slant and size are all free, distractors have the same colours
+and strokes as digits, and only 1,397 pieces of handwriting are behind the training images, so that a net must find
+the shape and cannot learn it by heart. Measured (10,000 images; three 3x3 convolutions of width 16 with batch norm, 4x4
+average pooling, linear; AdamW, one-cycle, batch 64): after 300 steps the test accuracy is 57 % at size 16, 58 % at 24,
+56 % at 32; after 1,500 steps 67 % at 16 and 70 % at 24; at width 64, 77 % at 24. Chance is 10 %. The figure
+`cluttered_digits.png` beside this file shows twelve of them.
 """
 
 import argparse

@@ -67,13 +67,8 @@ def image_folder(
             f"the {len(there)} folders there; correct the list of classes"
         )
 
-    class Chosen(ImageFolder):
-        def find_classes(self, directory):
-            names = list(classes) if classes is not None else sorted(there)
-            return names, {name: label for label, name in enumerate(names)}
-
     try:
-        return Chosen(folder, transform, loader=_open)
+        return _Folder(folder, transform, list(classes) if classes is not None else sorted(there))
     except FileNotFoundError as error:  # torchvision lists the classes without a file
         reason = str(error).split(". ")[0].removeprefix("Found no valid file for the classes ")
         raise UserError(
@@ -144,6 +139,17 @@ def folder_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(keyed_seed(seed, "loader", epoch)),
     )
+
+
+class _Folder(ImageFolder):
+    """An ImageFolder of these classes, labelled in this order, whose files open with a clear error."""
+
+    def __init__(self, folder: Path, transform: Callable | None, names: list[str]):
+        self.names = names
+        super().__init__(folder, transform, loader=_open)
+
+    def find_classes(self, directory):
+        return self.names, {name: label for label, name in enumerate(self.names)}
 
 
 class _Loader(DataLoader):

@@ -135,13 +135,13 @@ def _compare(claim: Claim, values: list[float], used: list[dict], at_scale: bool
         shown = number(values[0])
     if not at_scale:
         return "scaled", "scaled", shown
-    allowed = tolerance(claim, values, used[0]["metrics"][claim.metric.name].get("n"))
+    allowed = tolerance(claim, values, used[0]["metrics"][claim.metric.name].get("n")) * (1 + 1e-9)  # edges count
     off = mean - claim.reported.value
-    if abs(off) <= allowed * (1 + 1e-9):
+    if abs(off) <= allowed:
         return "matches", "matches", shown
     worse = abs(off) if claim.metric.better == "equal" else off if claim.metric.better == "lower" else -off
     if worse < 0:
         return "better", "better", shown
     if worse <= 3 * allowed:
-        return "within", f"within {number(worse)}", shown
+        return "within", f"within {number(worse, claim.reported.digits)}", shown
     return "below", "below", shown

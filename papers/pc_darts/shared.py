@@ -76,8 +76,26 @@ class ReduceNorm(PointwiseNorm):
 def moments(d: Tensor, batch_dim: int) -> tuple[Tensor, Tensor, int]:
     """Mean (*G, c), covariance (*G, c, c) and count of d (*G with the batch at batch_dim, c, P)."""
     n = d.shape[batch_dim] * d.shape[-1]
-    mean = d.sum(-1).sum(batch_dim) / n
-    return mean, (d @ d.mT).sum(batch_dim) / n - mean[..., None] * mean[..., None, :], n
+    total, gram = _Sums.apply(d)
+    mean = total.sum(batch_dim) / n
+    return mean, gram.sum(batch_dim) / n - mean[..., None] * mean[..., None, :], n
+
+
+class _Sums(torch.autograd.Function):
+    """d (..., c, P) -> sum of its columns (..., c), d d^T (..., c, c). Backward is one product: t + (g + g^T) d."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(d)
+        return d.sum(-1), d @ d.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, t: Tensor, g: Tensor) -> Tensor:
+        (d,) = ctx.saved_tensors
+        c, pixels = d.shape[-2:]
+        product = torch.baddbmm(t.reshape(-1, c, 1), (g + g.mT).reshape(-1, c, c), d.reshape(-1, c, pixels))
+        return product.view(d.shape)
 
 
 class Source(nn.Module):
