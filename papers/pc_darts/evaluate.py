@@ -74,7 +74,7 @@ def run(config: Config, job: Job) -> Measured:
         raise UserError(
             f"the checkpoint has {payload['identity']['classes']} classes, {settings.dataset} has {classes}"
         )
-    model = network(genotype, settings.C, classes, settings.layers, settings.auxiliary > 0)
+    model = train.build(settings, genotype, classes)
     model.load_state_dict(payload["state"]["model"])
     top1, top5 = train.error_rates(settings, model.to(job.device), loader, job.world)
     x, _ = next(loader.epoch(0))

@@ -29,7 +29,7 @@ COLOURS = {
     "sep_conv": "#4e79a7",
     "dil_conv": "#f28e2b",
 }
-PLACES = {0: (0, 3), 1: (0, 1), 2: (1.6, 3.4), 3: (3.2, 0.6), 4: (4.8, 3.4), 5: (6.4, 0.6), "out": (8, 2)}
+PLACES = {0: (0, 3.2), 1: (0, 0.9), 2: (2, 4.3), 3: (3.9, -0.1), 4: (5.8, 4.3), 5: (7.7, -0.1), "out": (9.3, 2)}
 NAMES = {0: "c_{k-2}", 1: "c_{k-1}", 2: "0", 3: "1", 4: "2", 5: "3", "out": "c_k"}
 
 
@@ -44,15 +44,15 @@ def draw_cell(axes, edges, concat, title: str) -> None:
             "", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={bend}", **style}
         )
         if op:
-            x, y = x0 + 0.42 * (x1 - x0), y0 + 0.42 * (y1 - y0)
-            x, y = x + bend * 0.5 * (y1 - y0), y - bend * 0.5 * (x1 - x0)
+            x, y = x0 + 0.68 * (x1 - x0), y0 + 0.68 * (y1 - y0)
+            x, y = x + bend * 0.44 * (y1 - y0), y - bend * 0.44 * (x1 - x0)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             axes.text(x, y, op.replace("_connect", "").replace("_", " "), fontsize=6.5, ha="center", va="center",
                       color=style["color"], bbox=box)  # fmt: skip
     for state, (x, y) in PLACES.items():
         axes.text(x, y, f"${NAMES[state]}$", fontsize=9, ha="center", va="center",
                   bbox={"boxstyle": "circle,pad=0.35", "facecolor": "#eef3ea", "edgecolor": "#59744f"})  # fmt: skip
-    axes.set(xlim=(-0.7, 8.7), ylim=(-0.3, 4.3), title=title)
+    axes.set(xlim=(-0.7, 10), ylim=(-0.8, 5), title=title)
     axes.axis("off")
 
 

@@ -29,11 +29,17 @@ class DilConv(nn.Sequential):
         super().__init__(*conv_unit(c, c, kernel, stride, 2, affine))
 
 
-class ReLUConvBN(nn.Sequential):
+class ReLUConvBN(nn.Module):
     """ReLU, 1x1 convolution, BN. (N, c_in, H, W) -> (N, c_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, affine: bool = True):
-        super().__init__(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.relu(x)))
 
 
 class FactorizedReduce(nn.Module):
@@ -46,6 +52,7 @@ class FactorizedReduce(nn.Module):
         super().__init__()
         if c_out % 2:
             raise ValueError(f"FactorizedReduce to {c_out} channels, expected an even number")
+        self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
         self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
@@ -53,7 +60,7 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"FactorizedReduce of a {x.shape[2]}x{x.shape[3]} map, expected even height and width")
-        x = x.relu()
+        x = self.relu(x)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
 
 

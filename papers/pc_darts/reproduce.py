@@ -1,6 +1,6 @@
 """Which experiment measures which claim of paper.yaml.
 
-    python -m papers.pc_darts.reproduce --tier quick
+python -m papers.pc_darts.reproduce --tier quick
 """
 
 import dataclasses
@@ -22,7 +22,11 @@ from .model import AuxiliaryHead, NetworkCIFAR, NetworkImageNet
 from .supernet import SuperNet
 
 FOLDER = Path(__file__).parent
-IMAGES_SEEN = {"cifar10": 600 * 50_000, "cluttered_digits": 600 * 50_000, "imagenet": 250 * 1_281_167}  # paper's training
+IMAGES_SEEN = {
+    "cifar10": 600 * 50_000,
+    "cluttered_digits": 600 * 50_000,
+    "imagenet": 250 * 1_281_167,
+}  # paper's training
 
 
 def metric(value: float) -> dict:
@@ -143,7 +147,9 @@ def edge_repeat(tier: str, job: Job) -> Measured:
             stage = f"{'with' if beta else 'without'}_beta_{seed}"
             stages[stage], path = searched(name, dataclasses.replace(job, seed=seed), stage, edge_norm=beta)
             cell = Genotype.from_json(Path(path).read_text())
-            kept.append({(part, i // 2, s) for part in ("normal", "reduce") for i, (_, s) in enumerate(getattr(cell, part))})
+            kept.append(
+                {(part, i // 2, s) for part in ("normal", "reduce") for i, (_, s) in enumerate(getattr(cell, part))}
+            )
         shared[beta] = len(kept[0] & kept[1])
     settings = stages[stage].config
     steps = {"epochs": settings["epochs"], "steps": stages[stage].scale["steps"], "batch": settings["batch_size"]}

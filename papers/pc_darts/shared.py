@@ -73,16 +73,16 @@ class ReduceNorm(PointwiseNorm):
         return torch.cat([F.pad(even, (0, even.shape[-1])), F.pad(odd, (odd.shape[-1], 0))], dim=1)
 
 
-def moments(d: Tensor, batch_dim: int) -> tuple[Tensor, Tensor, int]:
-    """Mean (*G, c), covariance (*G, c, c) and count of d (*G with the batch at batch_dim, c, P)."""
-    n = d.shape[batch_dim] * d.shape[-1]
+def moments(d: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean (*G, c), covariance (*G, c, c) and count of d (*G, c, n)."""
+    n = d.shape[-1]
     total, gram = _Sums.apply(d)
-    mean = total.sum(batch_dim) / n
-    return mean, gram.sum(batch_dim) / n - mean[..., None] * mean[..., None, :], n
+    mean = total / n
+    return mean, gram / n - mean[..., None] * mean[..., None, :], n
 
 
 class _Sums(torch.autograd.Function):
-    """d (..., c, P) -> sum of its columns (..., c), d d^T (..., c, c). Backward is one product: t + (g + g^T) d."""
+    """d (*G, c, n) -> sum of its columns (*G, c), d d^T (*G, c, c). Backward is one product: t + (g + g^T) d."""
 
     @staticmethod
     def forward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +93,8 @@ class _Sums(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, t: Tensor, g: Tensor) -> Tensor:
         (d,) = ctx.saved_tensors
-        c, pixels = d.shape[-2:]
-        product = torch.baddbmm(t.reshape(-1, c, 1), (g + g.mT).reshape(-1, c, c), d.reshape(-1, c, pixels))
+        c, n = d.shape[-2:]
+        product = torch.baddbmm(t.reshape(-1, c, 1), (g + g.mT).reshape(-1, c, c), d.reshape(-1, c, n))
         return product.view(d.shape)
 
 
@@ -119,7 +119,7 @@ class Source(nn.Module):
         self.skip = ReduceNorm(edges, c) if stride == 2 else None
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """x (N, c, H, W), weights (E, 8) of the operations -> the mixtures (N, E, c, H/s, W/s) in the dtype of x.
+        """x (N, c, H, W), weights (E, 8) of the operations -> the mixtures (E, N, c, H/s, W/s) in the dtype of x.
 
         Computed in float32 (float64 for float64), under autocast too: covariances do not survive half precision.
         """
@@ -127,56 +127,47 @@ class Source(nn.Module):
             return self.mixtures(x.to(torch.promote_types(x.dtype, torch.float32)), w).to(x.dtype)
 
     def mixtures(self, x: Tensor, w: Tensor) -> Tensor:
+        # Maps are laid out (edge, channel, image, pixel): one matrix product an edge then covers the whole batch.
         n, c, edges = x.shape[0], self.c, self.edges
-        relu = x.relu()
         height, width = x.shape[2] // self.stride, x.shape[3] // self.stride
+        relu = x.relu()
 
         def by_edge(conv: nn.Conv2d) -> Tensor:
-            return conv(relu).view(n, c, edges, height * width).transpose(1, 2)
+            return conv(relu).view(n, c, edges, height * width).permute(2, 1, 0, 3)
 
-        first = torch.stack([by_edge(conv) for conv in self.sep])  # (2, N, E, c, P)
-        a, b = self.sep_point(moments(first, 1) if self.training else None)
-        first = torch.baddbmm(
-            b[:, None].expand(2, n, edges, c, 1).reshape(-1, c, 1),
-            a[:, None].expand(2, n, edges, c, c).reshape(-1, c, c),
-            first.view(-1, c, height * width),
-        )
-        first = first.relu_().view(2, n, edges * c, height, width)
+        first = torch.stack([by_edge(conv) for conv in self.sep]).flatten(3)  # (2, E, c, N P)
+        a, b = self.sep_point(moments(first) if self.training else None)
+        first = torch.baddbmm(b.flatten(0, 1), a.flatten(0, 1), first.flatten(0, 1)).relu_()
+        first = first.view(2, edges * c, n, height, width).transpose(1, 2)
         last = torch.stack(
-            [conv(h).view(n, edges, c, -1) for conv, h in zip(self.sep_again, first, strict=True)]
+            [
+                conv(h).view(n, edges, c, height * width).permute(1, 2, 0, 3)
+                for conv, h in zip(self.sep_again, first.unbind(), strict=True)
+            ]
             + [by_edge(conv) for conv in self.dil],
-            dim=2,
-        )  # (N, E, 4, c, P)
-        a, b = self.point(moments(last, 0) if self.training else None)
+            dim=1,
+        ).flatten(3)  # (E, 4, c, N P)
+        a, b = self.point(moments(last) if self.training else None)
         w_conv = w[:, SEP3:, None, None]
-        a, b = (a * w_conv).transpose(1, 2).reshape(edges, c, 4 * c), (b * w_conv).sum(1)
+        a, b = (a * w_conv).transpose(1, 2).flatten(2), (b * w_conv).sum(1)  # (E, c, 4c), (E, c, 1)
 
         common, a_common, b_common = self.common(x, relu, w)
-        mixed = torch.baddbmm(
-            (b + b_common).view(1, edges * c, 1),
-            a_common.reshape(1, edges * c, -1).expand(n, -1, -1),
-            common,
-        )
-        mixed = torch.baddbmm(
-            mixed.view(n * edges, c, -1),
-            a[None].expand(n, -1, -1, -1).reshape(n * edges, c, 4 * c),
-            last.view(n * edges, 4 * c, -1),
-        )
-        return mixed.view(n, edges, c, height, width)
+        mixed = torch.addmm((b + b_common).view(-1, 1), a_common.flatten(0, 1), common)
+        mixed = torch.baddbmm(mixed.view(edges, c, -1), a, last.flatten(1, 2))
+        return mixed.view(edges, c, n, height, width).transpose(1, 2)
 
     def common(self, x: Tensor, relu: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Skip and pools: what the edges share (N, i, P), and how edge e reads it: A (E, c, i), b (E, c, 1)."""
-        pools = torch.stack(
-            [
-                F.max_pool2d(x, 3, self.stride, padding=1),
-                F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False),
-            ],
-            dim=1,
-        ).flatten(3)  # (N, 2, c, P)
+        """Skip and pools: what the edges share (i, N P), and how edge e reads it: A (E, c, i), b (E, c, 1)."""
+        max_pool = F.max_pool2d(x, 3, self.stride, padding=1)
+        avg_pool = F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False)
+        skip = [x] if self.skip is None else [relu[:, :, ::2, ::2], relu[:, :, 1::2, 1::2]]
+        maps = torch.cat([m.transpose(0, 1) for m in (max_pool, avg_pool, *skip)]).flatten(1)
+        pools, skip = maps.split([2 * self.c, len(skip) * self.c])
+        pools = pools.unflatten(0, (2, self.c))
         norm = self.pool_norm
         if self.training:
-            var, mean = torch.var_mean(pools, (0, 3), correction=0)
-            scale = norm.scale(mean, var, pools.shape[0] * pools.shape[3])
+            var, mean = torch.var_mean(pools, -1, correction=0)
+            scale = norm.scale(mean, var, pools.shape[-1])
         else:
             mean, scale = norm.running_mean, (norm.running_var + EPS).rsqrt()
         w_pool = w[:, MAX : AVG + 1, None] * scale  # (E, 2, c)
@@ -184,22 +175,26 @@ class Source(nn.Module):
         b = -(w_pool * mean).sum(1)[..., None]
         w_skip = w[:, SKIP, None, None]
         if self.skip is None:
-            skip, a_skip = x.flatten(2), w_skip * torch.eye(self.c, device=x.device, dtype=w.dtype)
+            a_skip = w_skip * torch.eye(self.c, device=x.device, dtype=w.dtype)
         else:
-            skip = torch.cat([relu[:, :, ::2, ::2], relu[:, :, 1::2, 1::2]], dim=1).flatten(2)
-            a_skip, b_skip = self.skip(moments(skip, 0) if self.training else None)
+            a_skip, b_skip = self.skip(moments(skip) if self.training else None)
             a_skip, b = w_skip * a_skip, b + w_skip * b_skip
-        return torch.cat([skip, pools.flatten(1, 2)], dim=1), torch.cat([a_skip, a], dim=2), b
+        return maps, torch.cat([a, a_skip], dim=2), b
 
 
 class SharedCell(nn.Module):
-    """Same arguments and result as `PlainCell`; `load_plain` takes its weights."""
+    """Same result as `PlainCell` from inputs that went through ReLU already: the two cells reading a map share that too.
+
+    `load_plain` takes the weights of a plain cell.
+    """
 
     def __init__(self, c_pp: int, c_p: int, C: int, K: int, reduction: bool, reduction_prev: bool):
         super().__init__()
         self.c, self.reduction = C // K, reduction
         self.preprocess0 = (FactorizedReduce if reduction_prev else ReLUConvBN)(c_pp, C, affine=False)
         self.preprocess1 = ReLUConvBN(c_p, C, affine=False)
+        for preprocess in (self.preprocess0, self.preprocess1):
+            preprocess.relu = nn.Identity()
         # State s feeds the nodes max(s - 1, 0)..3; the output of the last node goes nowhere inside the cell.
         self.sources = nn.ModuleList(
             Source(self.c, NODES - max(s - 1, 0), 2 if reduction and s < 2 else 1) for s in range(NODES + 1)
@@ -214,7 +209,7 @@ class SharedCell(nn.Module):
             for s in range(len(mixed), node + 2):
                 edges = [e for e, edge in enumerate(EDGES) if edge[0] == s]
                 x = states[s]
-                mixed.append(self.sources[s](x[:, : self.c], weights[edges]).unbind(1))
+                mixed.append(self.sources[s](x[:, : self.c], weights[edges]).unbind())
                 x = x[:, self.c :]
                 if self.reduction and s < 2:  # with K=1 there is nothing to pool, which max_pool2d refuses
                     x = F.max_pool2d(x, 2, 2) if x.shape[1] else x[:, :, ::2, ::2]
@@ -226,7 +221,10 @@ class SharedCell(nn.Module):
 
     @torch.no_grad()
     def load_plain(self, plain: PlainCell) -> None:
-        """Copy weights and running statistics of a plain cell of the same shape."""
+        """Copy weights and running statistics of a plain cell of the same shape.
+
+        Pools of edges with one source have seen the same maps: any of their equal statistics stands for all.
+        """
         for name in ("preprocess0", "preprocess1"):
             getattr(self, name).load_state_dict(getattr(plain, name).state_dict())
         for s, source in enumerate(self.sources):

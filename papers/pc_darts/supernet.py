@@ -42,14 +42,15 @@ class SuperNet(nn.Module):
             raise ValueError(f"unknown stem {stem!r}, expected 'cifar' or 'imagenet'")
         if cell not in ("shared", "plain"):
             raise ValueError(f"unknown cell {cell!r}, expected 'shared' or 'plain'")
-        self.edge_norm, self.size_multiple = edge_norm, 4 if stem == "cifar" else 32
+        self.edge_norm, self.shared = edge_norm, cell == "shared"
+        self.size_multiple = 4 if stem == "cifar" else 32
         width = 3 * C
         if stem == "cifar":
             self.stem0 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
-            self.stem1 = nn.Identity()
+            self.stem1 = None
         else:
             self.stem0, self.stem1 = imagenet_stem(width)
-        make = SharedCell if cell == "shared" else PlainCell
+        make = SharedCell if self.shared else PlainCell
         self.cells, self.is_reduction = nn.ModuleList(), []
         c_pp = c_p = width
         reduction_prev = stem == "imagenet"
@@ -57,7 +58,7 @@ class SuperNet(nn.Module):
             reduction = i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
             self.cells.append(make(c_pp, c_p, C, K, reduction, reduction_prev))
-            self.is_reduction.append(reduction)
+            self.is_reduction.append(int(reduction))  # an index: torch.compile refuses bool
             reduction_prev = reduction
             c_pp, c_p = c_p, 4 * C
         self.classifier = nn.Linear(c_p, num_classes)
@@ -89,10 +90,13 @@ class SuperNet(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape)}, expected (N, 3, H, W) with H and W divisible by {m}")
         alphas = [self.alphas_normal.softmax(-1), self.alphas_reduce.softmax(-1)]
         betas = [edge_weights(b) if self.edge_norm else None for b in (self.betas_normal, self.betas_reduce)]
-        s0 = self.stem0(x)
-        s1 = self.stem1(s0)
-        for cell, reduction in zip(self.cells, self.is_reduction, strict=True):
-            s0, s1 = s1, cell(s0, s1, alphas[reduction], betas[reduction])
+        # Shared cells read rectified maps: each is rectified in place, once, and kept once for the two cells reading it.
+        rectify = torch.relu_ if self.shared else nn.Identity()
+        s0 = rectify(self.stem0(x))
+        s1 = s0 if self.stem1 is None else rectify(self.stem1(s0))
+        for i, (cell, reduction) in enumerate(zip(self.cells, self.is_reduction, strict=True)):
+            out = cell(s0, s1, alphas[reduction], betas[reduction])
+            s0, s1 = s1, out if i == len(self.cells) - 1 else rectify(out)
         return self.classifier(s1.mean((2, 3)))
 
     def load_plain(self, plain: "SuperNet") -> None:

@@ -83,9 +83,9 @@ def find_genotype(name: str) -> Genotype:
         raise UserError(f"{path}: {error}") from None
 
 
-def build(config: Config, classes: int):
+def build(config: Config, genotype: Genotype, classes: int):
     network = NetworkImageNet if config.dataset == "imagenet" else NetworkCIFAR
-    return network(find_genotype(config.genotype), config.C, classes, config.layers, config.auxiliary > 0)
+    return network(genotype, config.C, classes, config.layers, config.auxiliary > 0)
 
 
 @torch.inference_mode()
@@ -105,9 +105,10 @@ def error_rates(config, model, loader, world) -> tuple[float, float]:
 def run(config: Config, job: Job) -> Measured:
     """Train; returns test error (last, and best over the looked-at epochs), and the curve."""
     runtime.seed_everything(job.seed, job.deterministic)
+    genotype = find_genotype(config.genotype)
     loader, classes, digests = train_loader(config, job)
     tests, test_size, _, test_digests = test_loader(config, job)
-    model = build(config, classes).to(job.device)
+    model = build(config, genotype, classes).to(job.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     weights = list(model.parameters())
@@ -117,7 +118,7 @@ def run(config: Config, job: Job) -> Measured:
 
     # The genotype itself, not the name of its file, is what a resume must agree on.
     identity = {"script": "pc_darts.train", "seed": job.seed, **dataclasses.asdict(config)}
-    identity |= {"genotype": find_genotype(config.genotype).to_json(), "classes": classes}
+    identity |= {"genotype": genotype.to_json(), "classes": classes}
     parts = {"model": model, "optimiser": optimiser}
     state = {"step": 0, "seconds": 0.0, "curve": [], "loss": 0.0}
     if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
@@ -185,7 +186,7 @@ def run(config: Config, job: Job) -> Measured:
         data=digests | test_digests,
         numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
         curve=state["curve"],
-        artifacts={"genotype": find_genotype(config.genotype)._asdict()},
+        artifacts={"genotype": genotype._asdict()},
         weights_sha256=runtime.weights_sha256(model),
     )
 

@@ -18,14 +18,14 @@ SHAPES = ((256, 16, 32, 4, 2), (256, 16, 32, 4, 5), (256, 64, 8, 4, 5), (128, 16
 
 
 def _inputs(n: int, C: int, size: int, K: int, edges: int, device: str, dtype: torch.dtype) -> tuple:
-    """As the cell makes them: slices of wider maps, of which bypass channels and mixtures are read in place."""
+    """As the cell makes them: mixtures laid out channel first, bypass channels read in place in the states."""
     c = C // K
     draw = partial(torch.randn, device=device, dtype=dtype)
-    mixed = [draw(n, 4, c, size, size).requires_grad_() for _ in range(edges)]
+    mixed = [draw(c, n, size, size).requires_grad_() for _ in range(edges)]
     states = [draw(n, C, size, size).requires_grad_() for _ in range(edges)]
     beta = torch.rand(edges, device=device).requires_grad_()
     grad = draw(n, C, size, size)
-    return [m[:, 1] for m in mixed], [x[:, c:] for x in states], beta, grad, (*mixed, *states, beta)
+    return [m.transpose(0, 1) for m in mixed], [x[:, c:] for x in states], beta, grad, (*mixed, *states, beta)
 
 
 def _gradients(op: Callable, mixed: list, bypass: list, beta: Tensor, grad: Tensor) -> list[Tensor]:

@@ -24,11 +24,12 @@ def _forward(mixed, mixed_stride, bypass, bypass_stride, beta, out, c, pixels, K
     acc = tl.zeros((BLOCK,), ACC)
     if k == 0:
         for s in tl.static_range(S):
-            acc += tl.load(mixed[s] + n * mixed_stride[s] + i * pixels + at, inside, 0.0).to(ACC)
+            acc += tl.load(mixed[s] + n * mixed_stride[2 * s] + i * mixed_stride[2 * s + 1] + at, inside, 0.0).to(ACC)
     else:
         channel = (k - 1) * c + i
         for s in tl.static_range(S):
-            x = tl.load(bypass[s] + n * bypass_stride[s] + channel * pixels + at, inside, 0.0).to(ACC)
+            source = bypass[s] + n * bypass_stride[2 * s] + channel * bypass_stride[2 * s + 1]
+            x = tl.load(source + at, inside, 0.0).to(ACC)
             acc += tl.load(beta + s).to(ACC) * x
     tl.store(out + row * pixels + at, acc.to(out.dtype.element_ty), inside)
 
@@ -45,23 +46,23 @@ def _backward(grad, bypass, bypass_stride, beta, d_mixed, d_bypass, partial, c, 
     if k == 0:
         tl.store(d_mixed + (n * c + i) * pixels + at, g, inside)
     else:
-        g = g.to(ACC)
+        g_acc = g.to(ACC)
         channel = (k - 1) * c + i
         programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         program = row * tl.num_programs(1) + tl.program_id(1)
         for s in tl.static_range(S):
-            x = tl.load(bypass[s] + n * bypass_stride[s] + channel * pixels + at, inside, 0.0).to(ACC)
-            tl.store(partial + s * programs + program, tl.sum(g * x, axis=0))
-            dx = tl.load(beta + s).to(ACC) * g
+            source = bypass[s] + n * bypass_stride[2 * s] + channel * bypass_stride[2 * s + 1]
+            x = tl.load(source + at, inside, 0.0).to(ACC)
+            tl.store(partial + s * programs + program, tl.sum(g_acc * x, axis=0))
+            dx = tl.load(beta + s).to(ACC) * g_acc
             target = d_bypass[s] + (n * c * (K - 1) + channel) * pixels + at
             tl.store(target, dx.to(d_bypass[s].dtype.element_ty), inside)
 
 
 def _rows(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The tensors with each image contiguous (channel slices of wider maps are taken as they are), batch strides."""
-    h, w = tensors[0].shape[2:]
-    kept = [x if x.stride()[1:] == (h * w, w, 1) else x.contiguous() for x in tensors]
-    return tuple(kept), tuple(x.stride(0) for x in kept)
+    """The tensors, copied only where a map is not contiguous in itself, and their batch and channel strides."""
+    kept = [x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in tensors]
+    return tuple(kept), tuple(stride for x in kept for stride in x.stride()[:2])
 
 
 def _launch(x: Tensor, k: int) -> tuple[tuple[int, int], dict]:

@@ -1,0 +1,84 @@
+"""Not a test: runs a script of the folder again and again in forked children that kill themselves at given steps.
+
+    python killing.py search|train FOLDER 'JSON list of plans'
+
+A plan is {"name": ..., "kills": [steps after which to die], "how": "SIGKILL"|"SIGTERM", "truncate": bool, "set": {...}}.
+Prints one JSON object: per plan the exit codes of its children and the final record.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from common import cli
+from papers.pc_darts import search, train
+
+SETTINGS = {
+    "search": "dataset=cluttered_digits image_size=16 train_images=192 crop_pad=2 flip=true C=4 K=2 layers=3 epochs=3 "
+    "arch_start=1 batch_size=16 log_every=1 save_every=4",
+    "train": "dataset=cluttered_digits image_size=16 train_images=192 test_images=64 crop_pad=2 cutout=4 C=4 layers=3 "
+    "epochs=2 batch_size=16 drop_path=0.3 log_every=1 save_every=4",
+}
+
+
+def child(script: str, work_dir: Path, settings: dict, die_after: int | None, how: str) -> None:
+    """In a fork: the script's own command line, with a signal to itself after `die_after` optimiser steps."""
+    if die_after:
+        steps, step = 0, torch.optim.SGD.step
+
+        def counted(self, *args, **kwargs):
+            nonlocal steps
+            step(self, *args, **kwargs)
+            steps += 1
+            if steps == die_after:
+                os.kill(os.getpid(), getattr(signal, how))
+
+        torch.optim.SGD.step = counted
+    changed = [f"{key}={value}" for key, value in settings.items()]
+    argv = ["--device", "cpu", "--work-dir", str(work_dir), "--set", *SETTINGS[script].split(), *changed]
+    module = {"search": search, "train": train}[script]
+    cli.main(module.run, module.Config, module.__file__, argv)
+
+
+def fork(*args) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            child(*args)
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main() -> None:
+    script, folder, plans = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)  # a fork must not inherit a pool of threads
+    found = {}
+    for plan in plans:
+        work_dir, codes = folder / plan["name"], []
+        for kill in [*plan.get("kills", []), None]:
+            codes.append(fork(script, work_dir, plan.get("set", {}), kill, plan.get("how", "SIGKILL")))
+            if plan.get("truncate") and kill:
+                newest = max(work_dir.glob("checkpoint-*.pt"))
+                newest.write_bytes(newest.read_bytes()[:1000])
+        record = work_dir / "record.json"
+        found[plan["name"]] = {"codes": codes, "record": json.loads(record.read_text()) if record.exists() else None}
+        found[plan["name"]]["metrics.jsonl"] = (work_dir / "metrics.jsonl").read_text()
+    print("RESULT" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
