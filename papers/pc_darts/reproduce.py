@@ -4,20 +4,22 @@ python -m papers.pc_darts.reproduce --tier quick
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from common.cli import Job, load_config
-from common.metrics.compute import mult_adds, parameters, saved_bytes
+from common.metrics.compute import mult_adds, parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
 
 from . import search, train
-from .bench import search_step_bench, shared_against_plain
+from .bench import median_ratio, saved_mib, saved_table, search_step_bench
 from .evaluate import cost
 from .genotypes import PUBLISHED, Genotype, space_size
+from .kernels.bench import kernel_bench
 from .model import AuxiliaryHead, NetworkCIFAR, NetworkImageNet
 from .supernet import SuperNet
 
@@ -56,24 +58,45 @@ def costs(tier: str, job: Job) -> Measured:
             model, image = SuperNet(K=K, cell="plain"), torch.empty(1, 3, 32, 32)
         found[f"supernet_weights_k{K}"] = parameters(model)
         found[f"supernet_macs_k{K}"] = mult_adds(model, image) - model.classifier.weight.numel()
-        found[f"saved_plain_k{K}"] = saved_mib(model)
-    with torch.device("meta"):
-        found["saved_plain_darts"] = saved_mib(SuperNet(K=1, edge_norm=False, cell="plain"))
+        found[f"saved_plain_k{K}"] = saved_mib(SuperNet(K=K, cell="plain"))
+    found["saved_plain_darts"] = saved_mib(SuperNet(K=1, edge_norm=False, cell="plain"))
     found["fits_4gib_at_batch_64"] = int(64 * found["saved_plain_k4"] < 4 * 1024)
     found["shared_plain_gradient_difference"] = shared_against_plain()
     return Measured({name: metric(value) for name, value in found.items()})
 
 
-def saved_mib(model: SuperNet, batch: int = 4) -> float:
-    """MiB an image that a training-mode forward pass keeps for backward, parameters and buffers excluded."""
-    images = torch.empty(batch, 3, 32, 32, device="meta")
-    return saved_bytes(lambda: model(images), [*model.parameters(), *model.buffers()]) / batch / 2**20
+def shared_against_plain() -> float:
+    """Largest difference of logits and of gradients (alphas, betas, images, stem, classifier), each relative to the
+    largest entry of its tensor, between the fast and the plain cell with the same weights, in float32.
+    """
+    torch.manual_seed(0)
+    plain, shared = SuperNet(C=8, layers=3, K=4, cell="plain"), SuperNet(C=8, layers=3, K=4)
+    shared.load_plain(plain)
+    images, found = torch.randn(8, 3, 16, 16), []
+    for model in (plain, shared):
+        x = images.clone().requires_grad_()
+        logits = model(x)
+        leaves = [*model.arch_parameters(), x, *model.stem0.parameters(), *model.classifier.parameters()]
+        found.append([logits, *torch.autograd.grad(logits.logsumexp(1).mean(), leaves)])
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*found, strict=True))
 
 
 def search_step(tier: str, job: Job) -> Measured:
     """Time and memory of a search step: K=1 against K=4, the fast cell against the plain one, interleaved."""
-    rows = search_step_bench(device=job.device)
-    return Measured({name: metric(value) for name, value in rows.items()}, scale={"steps": 0, "batch": 16})
+    seconds, saved = search_step_bench(device=job.device), saved_table()
+    baseline = seconds["plain_k4"]
+    metrics = {f"{name}_saved_mib": metric(value) for name, value in saved.items()}
+    for (
+        name,
+        rounds,
+    ) in seconds.items():  # against one baseline a round, so that a ratio of two is one of interleaved runs
+        metrics[f"{name}_time"] = metric(1 / median_ratio(baseline, rounds))
+        metrics[f"{name}_seconds"] = metric(statistics.median(rounds))
+    return Measured(
+        metrics,
+        config={"C": 16, "layers": 8, "batch": 16, "size": 32},
+        artifacts={"seconds": seconds, "kernel": kernel_bench(job.device.type, quick=True)},
+    )
 
 
 # ------------------------------------------------------------------------------------------------ searches and trainings
@@ -114,7 +137,7 @@ def search_vs_random(tier: str, job: Job, randoms: int = 2, k1: bool = False) ->
     stages["search"], path = searched(name, job, "search")
     cells = {"searched": path} | {f"random{i}": f"random:{100 * job.seed + i}" for i in range(randoms)}
     if k1:
-        ratio = seconds_a_step(name, job, 1) / seconds_a_step(name, job, 4)
+        ratio = k1_over_k4(name, job)
         settings = load_config(search.Config, FOLDER, name, "search")
         epochs, start = (max(1, round(e / ratio)) for e in (settings.epochs, settings.arch_start))
         stages["search_k1"], cells["k1"] = searched(name, job, "search_k1", K=1, epochs=epochs, arch_start=start)
@@ -130,12 +153,13 @@ def search_vs_random(tier: str, job: Job, randoms: int = 2, k1: bool = False) ->
     return merged(metrics, stages, "searched")
 
 
-def seconds_a_step(name: str, job: Job, K: int) -> float:
-    """What the configured search takes a step at K, from a few steps now."""
-    settings = dataclasses.asdict(load_config(search.Config, FOLDER, name, "search"))
-    keys = {"C": settings["C"], "layers": settings["layers"], "batch": settings["batch_size"]}
-    size = settings["image_size"] or 32
-    return search_step_bench(device=job.device, K=K, size=size, rounds=3, only_shared=True, **keys)["seconds"]
+def k1_over_k4(name: str, job: Job) -> float:
+    """How much longer a step of the configured search takes at K=1, from a few steps of each now."""
+    settings = load_config(search.Config, FOLDER, name, "search")
+    size, batch = settings.image_size or 32, settings.batch_size
+    which = (("shared", 4), ("shared", 1))
+    seconds = search_step_bench(settings.C, settings.layers, batch, size, device=job.device, which=which)
+    return median_ratio(seconds["shared_k1"], seconds["shared_k4"])
 
 
 def edge_repeat(tier: str, job: Job) -> Measured:

@@ -34,7 +34,7 @@ class FoldedNorm(nn.Module):
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
             self.running_var.lerp_((var * (n / max(n - 1, 1))).to(self.running_var.dtype), MOMENTUM)
-        return (var + EPS).rsqrt()
+        return (var.clamp_min(0) + EPS).rsqrt()  # a variance from a covariance may round below zero
 
 
 class PointwiseNorm(FoldedNorm):

@@ -1,9 +1,8 @@
 """mix_bypass_shuffle: definition, torch.compile of it, torch and Triton implementations, forward and backward.
 
-python -m papers.pc_darts.kernels.bench [--device cpu|cuda] [--quick]
+Part of `make bench PAPER=pc_darts`; needs torch alone, like the kernels.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -101,18 +100,9 @@ def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[st
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two shapes, one round")
-    args = parser.parse_args()
-    print(f"{'N, C, H, K, edges':26}{'dtype':10}{'mode':6}{'impl':20}{'ms':>9}{'GB/s':>9}{'x eager':>9}")
-    for r in kernel_bench(args.device, args.quick):
-        shape = ", ".join(map(str, r["shape"]))
-        print(
-            f"{shape:26}{r['dtype']:10}{r['mode']:6}{r['impl']:20}{r['ms']:9.3f}{r['gb_per_s']:9.1f}{r['speedup']:9.2f}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+def kernel_table(rows: list[dict]) -> str:
+    lines = [f"{'N, C, H, K, edges':26}{'dtype':10}{'mode':6}{'impl':20}{'ms':>9}{'GB/s':>9}{'x eager':>9}"]
+    for r in rows:
+        head = f"{', '.join(map(str, r['shape'])):26}{r['dtype']:10}{r['mode']:6}{r['impl']:20}"
+        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.1f}{r['speedup']:9.2f}")
+    return "\n".join(lines)
