@@ -1,16 +1,13 @@
-"""What every training loop needs and no loop should write twice: keyed randomness, crash-safe checkpoints, ranks.
+"""What every training loop needs and no loop should write twice: keyed randomness, devices and ranks, stopping.
 
 Nothing here owns a loop. A script reads top to bottom; it calls these functions where it needs them.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import random
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,124 +104,18 @@ def average_gradients(gradients) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over all ranks (counts of correct answers, for one). No-op in one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def broadcast_from_main(tensors) -> None:
     """Give every rank rank 0's values, in place (parameters at the start, batch-norm buffers before evaluation)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-def rng_state() -> dict:
-    """The global generators of this process as tensors, so that `torch.load(weights_only=True)` opens them."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-    python = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [python[0], torch.tensor(python[1]), python[2]],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-
-
-def write_atomic(path: Path, write) -> None:
-    """Call `write(binary file)` on a temporary name, fsync, rename to `path`, fsync the folder: all or nothing."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-            "--work-dir (the last good checkpoint is untouched)"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1, sort_keys=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def save_checkpoint(work_dir: Path, position: int, state: dict, identity: dict, world: World, keep: int = 2) -> None:
-    """Write `checkpoint-<position>.pt`; older ones go only after it is safely there.
-
-    `state` holds all that moves. `identity` is what a resume must agree on (the resolved config and the seed).
-    Every rank calls it: the RNG state of each is gathered, rank 0 writes.
-    """
-    states = [rng_state()]
-    if world.size > 1:
-        states = [None] * world.size
-        dist.all_gather_object(states, rng_state())
-    if world.is_main:
-        payload = {"position": position, "state": state, "identity": identity, "rng": states}
-        write_atomic(Path(work_dir) / f"checkpoint-{position:09d}.pt", lambda file: torch.save(payload, file))
-        for old in checkpoints(work_dir)[keep:]:
-            old.unlink(missing_ok=True)
-    if world.size > 1:
-        dist.barrier()
-
-
-def checkpoints(work_dir: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(Path(work_dir).glob("checkpoint-*.pt"), reverse=True)
-
-
-def load_checkpoint(work_dir: Path, identity: dict, world: World, resume: str = "auto") -> dict | None:
-    """State of the newest checkpoint that opens, with the RNG restored; None when there is none to go on from.
-
-    A truncated file is passed over with a message. One of another config is refused: its differing keys are named.
-    """
-    if resume == "never":
-        for old in checkpoints(work_dir) if world.is_main else []:
-            old.unlink()
-        return None
-    for path in checkpoints(work_dir):
-        try:
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file raises: zip, pickle, EOF, key errors
-            print(f"{path} does not open ({type(error).__name__}); trying the one before", flush=True)
-            continue
-        differing = sorted(
-            k for k in {*identity, *payload["identity"]} if identity.get(k) != payload["identity"].get(k)
-        )
-        if differing:
-            told = ", ".join(f"{k}: {payload['identity'].get(k)!r} there, {identity.get(k)!r} here" for k in differing)
-            raise UserError(
-                f"{path} belongs to another configuration ({told}); use another --work-dir, the same "
-                "settings, or --resume never to start over"
-            )
-        if len(payload["rng"]) != world.size:
-            raise UserError(
-                f"{path} was written by {len(payload['rng'])} processes, this run has {world.size}; "
-                "start the same number, or --resume never to start over"
-            )
-        set_rng_state(payload["rng"][world.rank])
-        print(f"resumed from {path}", flush=True)
-        return payload["state"]
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ stopping
@@ -284,18 +175,3 @@ def require_finite_weights(module: torch.nn.Module, step: int, lr: float) -> Non
     """Before a checkpoint: a NaN must never replace the last good one. Waits for the device once."""
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
     require_finite(sums.sum(), step, lr, "sum of the weights")
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum in place over all ranks (counts of correct answers, for one). No-op in one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def log_epoch(job, curve: list[dict], title: str) -> None:
-    """Print the newest line of the curve; keep all of it in metrics.jsonl (rewritten whole, so a resume leaves no twin)."""
-    if job.world.is_main:
-        print(f"{title}: " + ", ".join(f"{k} {v:.5g}" for k, v in curve[-1].items() if k != "epoch"), flush=True)
-        text = "".join(json.dumps(line) + "\n" for line in curve)
-        write_atomic(job.work_dir / "metrics.jsonl", lambda file: file.write(text.encode()))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.checkpoints import write_atomic
 from common.errors import UserError
-from common.runtime import write_atomic
 
 SPLITS = ("train", "test")
 

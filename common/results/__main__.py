@@ -3,9 +3,9 @@
 import argparse
 import sys
 
+from common.checkpoints import write_atomic
 from common.cli import exit_codes
 from common.results import tables
-from common.runtime import write_atomic
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from common.checkpoints import write_json
 from common.cli import exit_codes
 from common.errors import UserError
 from common.results import claims, records
-from common.runtime import write_json
 
 
 def promote(run: Path, papers: Path = claims.PAPERS) -> Path:

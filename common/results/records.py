@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from common import runtime
+from common.checkpoints import write_json
 from common.cli import Job, read_yaml
 from common.errors import UserError
 
@@ -150,7 +151,7 @@ def execute(measure, folder: Path, experiment: str, tier: str, job: Job) -> dict
     record |= {"seconds": round(time.perf_counter() - clock, 2), "peak_memory_mib": peak_memory_mib(job.device)}
     # A refused input measured nothing: leave no record, and do not touch one that is there.
     if job.world.is_main and not isinstance(failure, UserError):
-        runtime.write_json(job.work_dir / "record.json", record)
+        write_json(job.work_dir / "record.json", record)
     if failure:
         raise failure
     return record

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import cli, datasets, runtime
+from common.checkpoints import Progress
 from common.cli import Job
 from common.metrics.accuracy import topk_correct
 from common.results.records import Measured
@@ -50,42 +51,32 @@ def run(config: Config, job: Job) -> Measured:
     optimiser = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
 
     identity = {"script": "_template.train", "seed": job.seed, **dataclasses.asdict(config)}
-    state = {"step": 0, "curve": []}
-    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
-        model.load_state_dict(saved.pop("model"))
-        optimiser.load_state_dict(saved.pop("optimiser"))
-        state = saved
+    progress = Progress(job, identity, model=model, optimiser=optimiser)
     stop = runtime.StopFlag(job.world)
 
-    def save():
-        runtime.require_finite_weights(model, state["step"], config.lr)
-        held = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
-
-    for epoch in range(state["step"] // len(loader), config.epochs):
-        for x, y in loader.epoch(epoch, state["step"] % len(loader)):
+    for epoch in range(progress.step // len(loader), config.epochs):
+        for x, y in loader.epoch(epoch, progress.step % len(loader)):
             loss = F.cross_entropy(model(x), y)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            state["step"] += 1
-            if stop.at(state["step"]):
-                save()
-                raise runtime.Stopped(f"training at step {state['step']} of {len(loader) * config.epochs}")
-            if state["step"] % len(loader) == 0:
-                train_loss = runtime.require_finite(loss, state["step"], config.lr)
-                state["curve"].append({"epoch": epoch, "train_loss": train_loss})
-                runtime.log_epoch(job, state["curve"], f"train epoch {epoch + 1}/{config.epochs}")
-                save()
-            elif state["step"] % config.save_every == 0:
-                save()
+            progress.step += 1
+            if stop.at(progress.step):
+                progress.save(config.lr)
+                raise runtime.Stopped(f"training at step {progress.step} of {len(loader) * config.epochs}")
+            if progress.step % len(loader) == 0:
+                train_loss = runtime.require_finite(loss, progress.step, config.lr)
+                progress.log(f"train epoch {epoch + 1}/{config.epochs}", epoch=epoch, train_loss=train_loss)
+                progress.save(config.lr)
+            elif progress.step % config.save_every == 0:
+                progress.save(config.lr)
 
     return Measured(
         metrics={"test_error": {"last": error_rate(model, test_loader), "n": len(tests)}, "chance": {"last": 90.0}},
         config=dataclasses.asdict(config),
-        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data={f"{s.name}/{s.split}": s.digest for s in (images, tests)},
-        curve=state["curve"],
+        curve=progress.curve,
         weights_sha256=runtime.weights_sha256(model),
     )
 

@@ -75,7 +75,7 @@ def run(config: Config, job: Job) -> Measured:
             f"the checkpoint has {payload['identity']['classes']} classes, {settings.dataset} has {classes}"
         )
     model = train.build(settings, genotype, classes)
-    model.load_state_dict(payload["state"]["model"])
+    model.load_state_dict(payload["state"]["parts"]["model"])
     top1, top5 = train.error_rates(settings, model.to(job.device), loader, job.world)
     x, _ = next(loader.epoch(0))
     found = cost(network, classes, genotype, settings.C, settings.layers, x.shape[-1])

@@ -7,7 +7,6 @@ Ends with `genotype.json` in the work dir. Paper section 4.2; official files tra
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import cli, runtime
+from common.checkpoints import Progress, write_atomic
 from common.cli import Job
 from common.metrics.accuracy import topk_correct
 from common.results.records import Measured
@@ -137,65 +137,49 @@ def run(config: Config, job: Job) -> Measured:
     forward = model if config.compile == "off" else torch.compile(model, mode=config.compile)
 
     identity = {"script": "pc_darts.search", "seed": job.seed, **dataclasses.asdict(config)}
-    parts = {"model": model, "weights": weight_optimiser, "arch": arch_optimiser}
-    state = {"step": 0, "seconds": 0.0, "curve": [], "loss": 0.0}
-    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
-        for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
-        state = saved
-    per_epoch, clock = min(len(loader), len(arch_loader)), time.perf_counter()
-    total = torch.tensor(state["loss"], device=job.device)  # sum of this epoch's losses
+    progress = Progress(job, identity, model=model, weights=weight_optimiser, arch=arch_optimiser)
+    per_epoch = min(len(loader), len(arch_loader))
     stop = runtime.StopFlag(job.world)
 
-    def save():
-        nonlocal clock
-        runtime.require_finite_weights(model, state["step"], lr)
-        state["seconds"] += time.perf_counter() - clock
-        state["loss"], clock = total.item(), time.perf_counter()
-        held = {name: part.state_dict() for name, part in parts.items()}
-        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
-
-    for epoch in range(state["step"] // per_epoch, config.epochs):
+    for epoch in range(progress.step // per_epoch, config.epochs):
         lr = learning_rate(config, epoch)
         for group in weight_optimiser.param_groups:
             group["lr"] = lr
-        searching, start = epoch >= config.arch_start, state["step"] % per_epoch
+        searching, start = epoch >= config.arch_start, progress.step % per_epoch
         batches = zip(loader.epoch(epoch, start), arch_loader.epoch(epoch, start), strict=False)
         for (x, y), (x_arch, y_arch) in tqdm(batches, f"search {epoch}", per_epoch - start, leave=False, disable=None):
             if searching:
                 architecture_step(config, forward, arch, arch_optimiser, x_arch, y_arch)
             loss = weight_step(config, forward, weights, weight_optimiser, x, y)
-            total += loss
-            state["step"] += 1
-            if state["step"] % config.log_every == 0:
-                runtime.require_finite(loss, state["step"], lr)
-            if stop.at(state["step"]):
-                save()
-                raise runtime.Stopped(f"search at step {state['step']} of {per_epoch * config.epochs}")
-            if state["step"] % per_epoch == 0:
-                mean = runtime.require_finite(total / per_epoch, state["step"], lr)
-                state["curve"].append({"epoch": epoch, "lr": lr, "train_loss": round(mean, 5)})
-                runtime.log_epoch(job, state["curve"], f"search epoch {epoch + 1}/{config.epochs}")
-                total.zero_()
-                save()
-            elif state["step"] % config.save_every == 0:
-                save()
+            progress.loss_sum += loss
+            progress.step += 1
+            if progress.step % config.log_every == 0:
+                runtime.require_finite(loss, progress.step, lr)
+            if stop.at(progress.step):
+                progress.save(lr)
+                raise runtime.Stopped(f"search at step {progress.step} of {per_epoch * config.epochs}")
+            if progress.step % per_epoch == 0:
+                mean = runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr)
+                progress.log(f"search epoch {epoch + 1}/{config.epochs}", epoch=epoch, lr=lr, train_loss=round(mean, 5))
+                progress.save(lr)
+            elif progress.step % config.save_every == 0:
+                progress.save(lr)
 
-    genotype = model.genotype()
+    seconds, genotype = progress.seconds, model.genotype()
     held_out_accuracy = accuracy(config, model, held_out, job.world)
     if job.world.is_main:
-        runtime.write_atomic(job.work_dir / "genotype.json", lambda file: file.write(genotype.to_json().encode()))
+        write_atomic(job.work_dir / "genotype.json", lambda file: file.write(genotype.to_json().encode()))
     return Measured(
         metrics={
             "held_out_accuracy": {"last": held_out_accuracy},
-            "search_seconds": {"last": round(state["seconds"], 2)},
-            "gpu_days": {"last": state["seconds"] / 86400 * job.world.size},
+            "search_seconds": {"last": round(seconds, 2)},
+            "gpu_days": {"last": seconds / 86400 * job.world.size},
         },
         config=dataclasses.asdict(config),
-        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data=digests,
         numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
-        curve=state["curve"],
+        curve=progress.curve,
         artifacts={"genotype": genotype._asdict(), "alphas_betas": [p.detach().cpu().tolist() for p in arch]},
         weights_sha256=runtime.weights_sha256(model),
     )

@@ -8,7 +8,6 @@ Cutout, auxiliary head, drop-path. Ends with the test error of the last epoch. O
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import cli, runtime
+from common.checkpoints import Progress
 from common.cli import Job
 from common.errors import UserError
 from common.metrics.accuracy import topk_correct
@@ -119,30 +119,16 @@ def run(config: Config, job: Job) -> Measured:
     # The genotype itself, not the name of its file, is what a resume must agree on.
     identity = {"script": "pc_darts.train", "seed": job.seed, **dataclasses.asdict(config)}
     identity |= {"genotype": genotype.to_json(), "classes": classes}
-    parts = {"model": model, "optimiser": optimiser}
-    state = {"step": 0, "seconds": 0.0, "curve": [], "loss": 0.0}
-    if saved := runtime.load_checkpoint(job.work_dir, identity, job.world, job.resume):
-        for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
-        state = saved
-    per_epoch, clock = len(loader), time.perf_counter()
-    total = torch.tensor(state["loss"], device=job.device)  # sum of this epoch's losses
+    progress = Progress(job, identity, model=model, optimiser=optimiser)
+    per_epoch = len(loader)
     stop = runtime.StopFlag(job.world)
 
-    def save():
-        nonlocal clock
-        runtime.require_finite_weights(model, state["step"], lr)
-        state["seconds"] += time.perf_counter() - clock
-        state["loss"], clock = total.item(), time.perf_counter()
-        held = {name: part.state_dict() for name, part in parts.items()}
-        runtime.save_checkpoint(job.work_dir, state["step"], {**state, **held}, identity, job.world)
-
-    for epoch in range(state["step"] // per_epoch, config.epochs):
+    for epoch in range(progress.step // per_epoch, config.epochs):
         lr = learning_rate(config, epoch)
         for group in optimiser.param_groups:
             group["lr"] = lr
         model.drop_path_prob = config.drop_path * epoch / config.epochs
-        start = state["step"] % per_epoch
+        start = progress.step % per_epoch
         for x, y in tqdm(loader.epoch(epoch, start), f"train {epoch}", per_epoch - start, leave=False, disable=None):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits, aux_logits = forward(x)
@@ -154,38 +140,36 @@ def run(config: Config, job: Job) -> Measured:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, config.clip)
             optimiser.step()
-            total += loss.detach()
-            state["step"] += 1
-            if state["step"] % config.log_every == 0:
-                runtime.require_finite(loss, state["step"], lr)
-            if stop.at(state["step"]):
-                save()
-                raise runtime.Stopped(f"training at step {state['step']} of {per_epoch * config.epochs}")
-            if state["step"] % per_epoch == 0:
+            progress.loss_sum += loss.detach()
+            progress.step += 1
+            if progress.step % config.log_every == 0:
+                runtime.require_finite(loss, progress.step, lr)
+            if stop.at(progress.step):
+                progress.save(lr)
+                raise runtime.Stopped(f"training at step {progress.step} of {per_epoch * config.epochs}")
+            if progress.step % per_epoch == 0:
                 line = {"epoch": epoch, "lr": lr}
-                line["train_loss"] = round(runtime.require_finite(total / per_epoch, state["step"], lr), 5)
+                line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
                 if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
                     runtime.broadcast_from_main(model.buffers())
                     line["test_error"], line["test_error_top5"] = error_rates(config, model, tests, job.world)
-                state["curve"].append(line)
-                runtime.log_epoch(job, state["curve"], f"train epoch {epoch + 1}/{config.epochs}")
-                total.zero_()
-                save()
-            elif state["step"] % config.save_every == 0:
-                save()
+                progress.log(f"train epoch {epoch + 1}/{config.epochs}", **line)
+                progress.save(lr)
+            elif progress.step % config.save_every == 0:
+                progress.save(lr)
 
-    looked = [line for line in state["curve"] if "test_error" in line]
+    looked = [line for line in progress.curve if "test_error" in line]
     return Measured(
         metrics={
             name: {"last": looked[-1][name], "best_test": min(line[name] for line in looked), "n": test_size}
             for name in ("test_error", "test_error_top5")
         }
-        | {"train_seconds": {"last": round(state["seconds"], 2)}},
+        | {"train_seconds": {"last": round(progress.seconds, 2)}},
         config=dataclasses.asdict(config),
-        scale={"epochs": config.epochs, "steps": state["step"], "batch": config.batch_size},
+        scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data=digests | test_digests,
         numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
-        curve=state["curve"],
+        curve=progress.curve,
         artifacts={"genotype": genotype._asdict()},
         weights_sha256=runtime.weights_sha256(model),
     )

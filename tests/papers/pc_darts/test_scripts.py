@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import cli, runtime
+from common import checkpoints, cli, runtime
 from common.cli import Job
 from common.errors import UserError
 from common.runtime import World
@@ -349,11 +349,11 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(script, tmp_path, m
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
     with pytest.raises(runtime.NotFinite, match=r"is nan at step \d+, learning rate 0\.\d+"):
         script.run(config, job(tmp_path))
-    left = runtime.checkpoints(tmp_path)
+    left = checkpoints.checkpoints(tmp_path)
     assert left
     for path in left:
         state = torch.load(path, weights_only=True)["state"]
-        assert all(torch.isfinite(v).all() for v in state["model"].values() if isinstance(v, torch.Tensor))
+        assert all(torch.isfinite(v).all() for v in state["parts"]["model"].values() if isinstance(v, torch.Tensor))
 
 
 def test_unwritable_work_dir_is_one_line(tmp_path):
