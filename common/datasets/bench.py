@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+from common.checkpoints import write_json
 from common.datasets.device_loader import DeviceLoader
 from common.datasets.images import PUBLISHED, Images
 from common.errors import UserError
-from common.runtime import EXIT_BAD_INPUT, keyed_generator, select_device, write_json
+from common.runtime import EXIT_BAD_INPUT, keyed_generator, select_device
 
 PAD, CUTOUT, BATCH = 4, 16, 128
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import write_atomic
 from common.datasets import digits
 from common.datasets.images import SPLITS, Images, fingerprint
 from common.errors import UserError
-from common.runtime import keyed_generator, write_atomic
+from common.runtime import keyed_generator
 
 COUNTS = {"train": 10_000, "test": 2_000}
 SIZES = range(12, 257)

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from common.checkpoints import rng_state, set_rng_state
 from common.datasets.images import make_data
 from common.errors import UserError
-from common.runtime import keyed_generator, keyed_order, keyed_seed, rng_state, set_rng_state
+from common.runtime import keyed_generator, keyed_order, keyed_seed
 
 SPLITS = ("train", "val")
 CLASSES = 1000

@@ -21,10 +21,10 @@ def judged(folder: Path, found: list[dict] | None = None) -> tuple[claims.Paper,
 
 
 def reported(claim: claims.Claim) -> str:
-    if claim.kind == "ratio" and claim.reported is None:
-        return f">= {claim.at_least:g} x"
+    if claim.kind == "ratio":
+        return f"at least {claim.at_least:g} x"
     if claim.reported is None:
-        return claim.metric.better
+        return f"{claim.metric.better} than {claim.against.replace('_', ' ')}"
     text = number(claim.reported.value, claim.reported.digits or None)
     if claim.reported.spread is not None:
         text += f" ± {claim.reported.spread:g}"
@@ -126,7 +126,9 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
 def terminal_table(rows: list[tuple[claims.Claim, Verdict]]) -> str:
     """For the end of `make reproduce`: aligned text, one claim a line."""
     cells = [("claim", "reported", "reproduced", "verdict")]
-    cells += [(c.id, f"{reported(c)} {c.metric.unit}", v.reproduced or "-", v.text) for c, v in rows]
+    for claim, v in rows:
+        unit = "" if claim.reported is None else f" {claim.metric.unit}"
+        cells.append((claim.id, reported(claim) + unit, v.reproduced or "-", v.text))
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * min(sum(widths) + 6, 150), *lines[1:]])

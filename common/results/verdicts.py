@@ -41,7 +41,9 @@ def number(value: float, digits: int | None = None) -> str:
     if float(value).is_integer() and (digits is None or abs(value) >= 1000):
         return f"{int(value):,}"
     if digits is None:
-        digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+        if abs(value) < 1e-3:
+            return f"{value:.1e}"
+        digits = max(0, 3 - math.floor(math.log10(abs(value))))
     return f"{value:,.{digits}f}"
 
 

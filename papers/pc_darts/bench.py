@@ -148,7 +148,7 @@ def table(seconds: dict[str, list[float]], saved: dict[str, float], batch: int) 
 def saved_table() -> dict[str, float]:
     """Saved MiB/image of both cells for K in 1, 4, at the paper's size."""
     which = [(cell, K) for cell in ("plain", "shared") for K in (1, 4)]
-    return {name: saved_mib(model) for name, model in networks(16, 8, torch.device("cpu"), which).items()}
+    return {name: saved_mib(model, 16) for name, model in networks(16, 8, torch.device("cpu"), which).items()}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .genotypes import EDGES, NODES, PRIMITIVES
 from .kernels import mix_bypass_shuffle
-from .operations import FactorizedReduce, ReLUConvBN
+from .operations import FactorizedReduce
 from .reference import PlainCell
 
 EPS, MOMENTUM = 1e-5, 0.1  # of nn.BatchNorm2d
@@ -73,12 +73,33 @@ class ReduceNorm(PointwiseNorm):
         return torch.cat([F.pad(even, (0, even.shape[-1])), F.pad(odd, (odd.shape[-1], 0))], dim=1)
 
 
-def moments(d: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean (*G, c), covariance (*G, c, c) and count of d (*G, c, n)."""
-    n = d.shape[-1]
-    total, gram = _Sums.apply(d)
+def moments(total: Tensor, gram: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    """Mean (*G, c), covariance (*G, c, c) and count n of maps whose columns sum to `total`, their squares to `gram`."""
     mean = total / n
     return mean, gram / n - mean[..., None] * mean[..., None, :], n
+
+
+class FoldedConv(nn.Module):
+    """Pointwise convolution and affine-free BN of a rectified map, (N, c_in, H, W) -> (N, c_out, H, W).
+
+    What it keeps for backward is its input alone. Computed in float32 (float64), as in `Source`.
+    """
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm = PointwiseNorm(c_out, c_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            d = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+            if self.training:
+                total, gram = _Sums.apply(d)
+                a, b = self.norm(moments(total.sum(0), gram.sum(0), n * height * width))
+            else:
+                a, b = self.norm(None)
+            out = torch.baddbmm(b.expand(n, -1, -1), a.expand(n, -1, -1), d)
+        return out.view(n, -1, height, width).to(x.dtype)
 
 
 class _Sums(torch.autograd.Function):
@@ -136,7 +157,7 @@ class Source(nn.Module):
             return conv(relu).view(n, c, edges, height * width).permute(2, 1, 0, 3)
 
         first = torch.stack([by_edge(conv) for conv in self.sep]).flatten(3)  # (2, E, c, N P)
-        a, b = self.sep_point(moments(first) if self.training else None)
+        a, b = self.sep_point(moments(*_Sums.apply(first), first.shape[-1]) if self.training else None)
         first = torch.baddbmm(b.flatten(0, 1), a.flatten(0, 1), first.flatten(0, 1)).relu_()
         first = first.view(2, edges * c, n, height, width).transpose(1, 2)
         last = torch.stack(
@@ -147,7 +168,7 @@ class Source(nn.Module):
             + [by_edge(conv) for conv in self.dil],
             dim=1,
         ).flatten(3)  # (E, 4, c, N P)
-        a, b = self.point(moments(last) if self.training else None)
+        a, b = self.point(moments(*_Sums.apply(last), last.shape[-1]) if self.training else None)
         w_conv = w[:, SEP3:, None, None]
         a, b = (a * w_conv).transpose(1, 2).flatten(2), (b * w_conv).sum(1)  # (E, c, 4c), (E, c, 1)
 
@@ -177,7 +198,7 @@ class Source(nn.Module):
         if self.skip is None:
             a_skip = w_skip * torch.eye(self.c, device=x.device, dtype=w.dtype)
         else:
-            a_skip, b_skip = self.skip(moments(skip) if self.training else None)
+            a_skip, b_skip = self.skip(moments(*_Sums.apply(skip), skip.shape[-1]) if self.training else None)
             a_skip, b = w_skip * a_skip, b + w_skip * b_skip
         return maps, torch.cat([a, a_skip], dim=2), b
 
@@ -191,10 +212,10 @@ class SharedCell(nn.Module):
     def __init__(self, c_pp: int, c_p: int, C: int, K: int, reduction: bool, reduction_prev: bool):
         super().__init__()
         self.c, self.reduction = C // K, reduction
-        self.preprocess0 = (FactorizedReduce if reduction_prev else ReLUConvBN)(c_pp, C, affine=False)
-        self.preprocess1 = ReLUConvBN(c_p, C, affine=False)
-        for preprocess in (self.preprocess0, self.preprocess1):
-            preprocess.relu = nn.Identity()
+        self.preprocess0 = FactorizedReduce(c_pp, C, affine=False) if reduction_prev else FoldedConv(c_pp, C)
+        self.preprocess1 = FoldedConv(c_p, C)
+        if reduction_prev:
+            self.preprocess0.relu = nn.Identity()
         # State s feeds the nodes max(s - 1, 0)..3; the output of the last node goes nowhere inside the cell.
         self.sources = nn.ModuleList(
             Source(self.c, NODES - max(s - 1, 0), 2 if reduction and s < 2 else 1) for s in range(NODES + 1)
@@ -225,8 +246,11 @@ class SharedCell(nn.Module):
 
         Pools of edges with one source have seen the same maps: any of their equal statistics stands for all.
         """
-        for name in ("preprocess0", "preprocess1"):
-            getattr(self, name).load_state_dict(getattr(plain, name).state_dict())
+        for mine, theirs in ((self.preprocess0, plain.preprocess0), (self.preprocess1, plain.preprocess1)):
+            if isinstance(mine, FoldedConv):
+                _copy(mine.norm, (), theirs.conv.weight, theirs.bn)
+            else:
+                mine.load_state_dict(theirs.state_dict())
         for s, source in enumerate(self.sources):
             for e, edge in enumerate(i for i, pair in enumerate(EDGES) if pair[0] == s):
                 ops = plain.edges[edge].ops

@@ -214,7 +214,7 @@ def test_verdict_does_not_depend_on_the_order_of_records():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(3634678, "3,634,678"), (2.5, "2.500"), (0.00012345, "0.0001234"), (38.0663, "38.07"), (0, "0"), (-1.5, "-1.500")],
+    [(3634678, "3,634,678"), (2.5, "2.500"), (0.00012345, "1.2e-04"), (38.0663, "38.07"), (0, "0"), (-1.5, "-1.500")],
 )
 def test_numbers(value, text):
     assert number(value) == text

@@ -45,8 +45,8 @@ def test_saved_memory(K, edge_norm, expected):
 
 
 def test_saved_memory_ratio_of_partial_channels():
-    """K=1 against K=4, bytes of one more image: 3.24 for the plain cell, less for the leaner mixtures of the shared."""
-    for cell, expected in (("plain", 3.24), ("shared", 3.09)):
+    """K=1 against K=4, bytes of one more image: 3.24 for the plain cell, 3.22 for the shared."""
+    for cell, expected in (("plain", 3.24), ("shared", 3.22)):
         models = [SuperNet(K=K, cell=cell) for K in (1, 4)]
         more = [4 * saved_mib(m, 4) - 2 * saved_mib(m, 2) for m in models]
         assert more[0] / more[1] == pytest.approx(expected, rel=0.005)
