@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
@@ -172,6 +171,8 @@ def latency(fns: dict[str, Callable[[], object]], min_run_time: float = 0.5, rou
     candidates alike; trust `ratio` before `median`. Each candidate runs `min_run_time` seconds a round, after the
     warm-up of torch.utils.benchmark.Timer, which also waits for CUDA; all threads of torch.get_num_threads() are used.
     """
+    from torch.utils.benchmark import Timer  # here: it warns at import when CUDA_HOME is set and there is no GPU
+
     if not fns or rounds < 1:
         raise UserError(f"latency of {len(fns)} candidates in {rounds} rounds; expected at least one of each")
     timers = {name: Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads()) for name, fn in fns.items()}

@@ -29,7 +29,6 @@ from .supernet import SuperNet
 class Config:
     dataset: str = "cifar10"  # any set of common.datasets, or imagenet
     train_images: int = 0  # the first n of the training set; 0: all
-    test_images: int = 0
     image_size: int = 0  # 0: as it is; smaller: averaged down (cluttered_digits: drawn at this size)
     fractions: tuple[float, float] = (0.1, 0.025)  # imagenet: of every class, for weights and for the architecture
     workers: int = 4  # imagenet: loader processes a rank
