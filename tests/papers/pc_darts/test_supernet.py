@@ -101,7 +101,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 )
 def test_shared_equals_plain(kwargs, dtype):
     """Logits, gradients of weights, alphas, betas and images, running statistics, evaluation mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # float32: no value within rounding of a ReLU's or a max's kink, where a gradient may jump
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     plain, shared = randomised(dtype, C=8, layers=4, **kwargs)
     size = 64 if kwargs.get("stem") == "imagenet" else 12
