@@ -7,10 +7,10 @@ A script is `Config` (a dataclass), `run(config, job) -> Measured`, and one line
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -137,6 +137,13 @@ def exit_codes():
         sys.exit(130)
 
 
+def source_of(name: str, script: str) -> str:
+    """The lines of class `name` in a file: its fields and their comments are the help of --set."""
+    text = Path(script).read_text()
+    found = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return ast.get_source_segment(text, found)
+
+
 def main(run, config_class: type, script: str, argv: list[str] | None = None) -> None:
     """Run a paper's script: parse the flags, resolve the config, `run(config, job)`, write and print the record."""
     from common.results import records
@@ -144,8 +151,8 @@ def main(run, config_class: type, script: str, argv: list[str] | None = None) ->
     folder, section = Path(script).parent, Path(script).stem
     parser = argparse.ArgumentParser(
         prog=f"python -m papers.{folder.name}.{section}",
-        description=inspect.getmodule(run).__doc__,
-        epilog="config keys, for --set key=value:\n\n" + inspect.getsource(config_class),
+        description=sys.modules[run.__module__].__doc__,
+        epilog="config keys, for --set key=value:\n\n" + source_of(config_class.__name__, script),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared_flags(parser)

@@ -19,9 +19,9 @@ from common import cli
 from papers.pc_darts import search, train
 
 SETTINGS = {
-    "search": "dataset=cluttered_digits image_size=16 train_images=192 crop_pad=2 flip=true C=4 K=2 layers=3 epochs=3 "
+    "search": "dataset=cluttered_digits image_size=12 train_images=192 crop_pad=2 flip=true C=4 K=2 layers=3 epochs=2 "
     "arch_start=1 batch_size=16 log_every=1 save_every=4",
-    "train": "dataset=cluttered_digits image_size=16 train_images=192 test_images=64 crop_pad=2 cutout=4 C=4 layers=3 "
+    "train": "dataset=cluttered_digits image_size=12 train_images=128 test_images=64 crop_pad=2 cutout=4 C=4 layers=3 "
     "epochs=2 batch_size=16 drop_path=0.3 log_every=1 save_every=4",
 }
 

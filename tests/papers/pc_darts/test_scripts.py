@@ -33,7 +33,7 @@ def job(folder: Path, seed: int = 0, **more) -> Job:
 
 
 # ---------------------------------------------------------------------------------------------- killed and resumed
-@pytest.mark.parametrize(("script", "steps", "extra"), [("search", 18, {}), ("train", 24, {"auxiliary": 0})])
+@pytest.mark.parametrize(("script", "steps", "extra"), [("search", 12, {}), ("train", 16, {"auxiliary": 0})])
 def test_killed_runs_end_with_bit_identical_weights(script, steps, extra, tmp_path):
     """SIGKILL at three random steps, SIGTERM, and a newest checkpoint cut short: the same weights, curve and metrics."""
     draw = random.Random()
