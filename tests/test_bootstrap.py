@@ -107,6 +107,7 @@ def test_help_lists_everything():
         "CLAIM",
         "SEEDS",
         "DEVICE",
+        "RESUME",
         "DATA",
         "DATASET",
         "RUN",

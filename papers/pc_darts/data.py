@@ -110,7 +110,7 @@ def imagenet_transform(train: bool, jitter: bool, size: int = 224):
 
 
 def search_loaders(config, job) -> tuple:
-    """(weights' loader, architecture's loader, architecture's images in order, number of classes, data digests).
+    """(weights' loader, architecture's loader, the latter's images in order, classes, images of both, data digests).
 
     The training set is cut in two by a permutation that is a pure function of the seed. ImageNet: the first two disjoint
     fractions `config.fractions` of every class.
@@ -126,14 +126,14 @@ def search_loaders(config, job) -> tuple:
         made = [
             FolderLoader(s, batch, job.seed + i, job.world, config.workers, classes, i < 2) for i, s in enumerate(sets)
         ]
-        return *made, classes, {"imagenet": f"{len(folder)} files"}
+        return *made, classes, len(parts[0]) + len(parts[1]), {"imagenet": f"{len(folder)} files"}
     images = small_set(config, job, "train")
     order = keyed_order(len(images), job.seed, -1)
     halves = [images.subset(part) for part in order.split(-(-len(images) // 2))]
     weights = device_loader(halves[0], config, job, job.seed)
     architecture = device_loader(halves[1], config, job, job.seed + 1)
     held_out = device_loader(halves[1], config, job, job.seed, train=False)
-    return weights, architecture, held_out, images.classes, {images.name: images.digest}
+    return weights, architecture, held_out, images.classes, len(images), {images.name: images.digest}
 
 
 def train_loader(config, job) -> tuple:

@@ -134,16 +134,16 @@ def merged(metrics: dict[str, float], stages: dict[str, Measured], of: str) -> M
     )
 
 
-def search_vs_random(tier: str, job: Job, randoms: int = 2, k1: bool = False) -> Measured:
-    """A K=4 search; its cell and random ones trained alike. With `k1`, also a K=1 search of the same duration."""
+def search_vs_random(tier: str, job: Job, randoms: int, k1: bool = False) -> Measured:
+    """A K=4 search; its cell and random ones trained alike. With `k1`, also a K=1 search of the same duration: the same
+    schedule on so many fewer images.
+    """
     name, stages, errors = config_name(tier, job), {}, {}
     stages["search"], path = searched(name, job, "search")
     cells = {"searched": path} | {f"random{i}": f"random:{100 * job.seed + i}" for i in range(randoms)}
     if k1:
-        ratio = k1_over_k4(name, job)
-        settings = load_config(search.Config, FOLDER, name, "search")
-        epochs, start = (max(1, round(e / ratio)) for e in (settings.epochs, settings.arch_start))
-        stages["search_k1"], cells["k1"] = searched(name, job, "search_k1", K=1, epochs=epochs, arch_start=start)
+        images = round(stages["search"].scale["images"] / k1_over_k4(name, job))
+        stages["search_k1"], cells["k1"] = searched(name, job, "search_k1", K=1, train_images=images)
     for arm, genotype in cells.items():
         stages[arm] = trained(name, job, arm, genotype=genotype)
         errors[arm] = stages[arm].metrics["test_error"]["last"]
@@ -229,8 +229,8 @@ IMAGENET = {"full": ("imagenet",)}
 EXPERIMENTS = {
     "costs": Experiment(costs, ("quick",)),
     "search-step": Experiment(search_step, ("quick",)),
-    "search-vs-random": Experiment(search_vs_random, ("quick",)),
-    "c10-short": Experiment(lambda tier, job: search_vs_random(tier, job, k1=True), ("short",), CIFAR),
+    "search-vs-random": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=1), ("quick",)),
+    "c10-short": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=2, k1=True), ("short",), CIFAR),
     "edge-repeat": Experiment(edge_repeat, ("short",), CIFAR),
     "c10-train": Experiment(train_only(genotype="PC_DARTS_cifar"), ("full",), CIFAR),
     "c10-search-train": Experiment(search_and_train(), ("full",), CIFAR),

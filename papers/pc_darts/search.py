@@ -126,7 +126,7 @@ def accuracy(config, model, loader, world) -> float:
 def run(config: Config, job: Job) -> Measured:
     """Search; returns held-out accuracy of the supernet, seconds, and the genotype (also `genotype.json`)."""
     runtime.seed_everything(job.seed, job.deterministic)
-    loader, arch_loader, held_out, classes, digests = search_loaders(config, job)
+    loader, arch_loader, held_out, classes, images, digests = search_loaders(config, job)
     model = build(config, classes).to(job.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -175,7 +175,7 @@ def run(config: Config, job: Job) -> Measured:
             "gpu_days": {"last": seconds / 86400 * job.world.size},
         },
         config=dataclasses.asdict(config),
-        scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
+        scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size, "images": images},
         data=digests,
         numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
         curve=progress.curve,

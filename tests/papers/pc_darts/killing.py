@@ -14,8 +14,9 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # like scikit-learn, imported at first use: once here, not in every fork
 
-from common import cli
+from common import cli, datasets
 from papers.pc_darts import search, train
 
 SETTINGS = {
@@ -66,6 +67,7 @@ def fork(*args) -> int:
 def main() -> None:
     script, folder, plans = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
+    datasets.load("cluttered_digits", "train", n=1)
     found = {}
     for plan in plans:
         work_dir, codes = folder / plan["name"], []
