@@ -107,6 +107,14 @@ def parse_settings(pairs: list[str]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message: str):
+        print(f"error: {message}; --help lists what there is", file=sys.stderr)
+        sys.exit(runtime.EXIT_BAD_INPUT)
+
+
 def shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", choices=TIERS, default="quick", help="how much of the paper (default: quick)")
     parser.add_argument(
@@ -149,7 +157,7 @@ def main(run, config_class: type, script: str, argv: list[str] | None = None) ->
     from common.results import records
 
     folder, section = Path(script).parent, Path(script).stem
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m papers.{folder.name}.{section}",
         description=sys.modules[run.__module__].__doc__,
         epilog="config keys, for --set key=value:\n\n" + source_of(config_class.__name__, script),

@@ -1,15 +1,14 @@
 """Regenerate every table from paper.yaml and the records: `python -m common.results` (make results)."""
 
-import argparse
 import sys
 
 from common.checkpoints import write_atomic
-from common.cli import exit_codes
+from common.cli import Parser, exit_codes
 from common.results import tables
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__)
+    parser = Parser(prog="python -m common.results", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a table is out of step")
     args = parser.parse_args(argv)
     with exit_codes():

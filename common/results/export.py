@@ -1,11 +1,10 @@
 """Copy one paper and exactly the `common` modules it uses: `python -m common.results.export --paper X --dest DIR`."""
 
-import argparse
 import ast
 import shutil
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.cli import Parser, exit_codes
 from common.errors import UserError
 from common.results import claims
 
@@ -66,7 +65,7 @@ def export(slug: str, dest: Path, root: Path = claims.PAPERS.parent) -> list[Pat
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.results.export", description=__doc__)
+    parser = Parser(prog="python -m common.results.export", description=__doc__)
     parser.add_argument("--paper", required=True)
     parser.add_argument("--dest", type=Path, required=True)
     args = parser.parse_args(argv)

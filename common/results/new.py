@@ -1,11 +1,10 @@
 """Start a paper's folder from papers/_template: `python -m common.results.new SLUG` (make new PAPER=slug)."""
 
-import argparse
 import re
 import shutil
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.cli import Parser, exit_codes
 from common.errors import UserError
 from common.results import claims
 
@@ -28,7 +27,7 @@ def new(slug: str, root: Path = claims.PAPERS.parent) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.results.new", description=__doc__)
+    parser = Parser(prog="python -m common.results.new", description=__doc__)
     parser.add_argument("slug")
     with exit_codes():
         folder = new(parser.parse_args(argv).slug)

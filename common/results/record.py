@@ -1,10 +1,9 @@
 """Promote a finished run's record to evidence: `python -m common.results.record RUN` (make record RUN=runs/...)."""
 
-import argparse
 from pathlib import Path
 
 from common.checkpoints import write_json
-from common.cli import exit_codes
+from common.cli import Parser, exit_codes
 from common.errors import UserError
 from common.results import claims, records
 
@@ -25,7 +24,7 @@ def promote(run: Path, papers: Path = claims.PAPERS) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.results.record", description=__doc__)
+    parser = Parser(prog="python -m common.results.record", description=__doc__)
     parser.add_argument("run", type=Path, nargs="+", help="a work dir with a record.json")
     with exit_codes():
         for run in parser.parse_args(argv).run:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import datasets
-from common.cli import Job, exit_codes, shared_flags
+from common.cli import Job, Parser, exit_codes, shared_flags
 from common.errors import UserError
 from common.results import claims, records, tables
 from common.runtime import set_up_world
@@ -79,7 +79,7 @@ def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.N
 
 
 def parse(argv: list[str] | None = None, prog: str | None = None, paper: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     if paper:
         parser.add_argument("--paper", required=True, help="slug of the paper: a folder of papers/")
     shared_flags(parser)
