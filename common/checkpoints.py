@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def write_atomic(path: Path, write) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1, sort_keys=False) + "\n"
+    """Indented, but a list or mapping of plain values stays on one line: a record is read in a diff."""
+    text = json.dumps(value, indent=1) + "\n"
+    text = re.sub(r"([\[{])\n\s+([^\[\]{}]*?)\n\s+([\]}])", lambda m: m[1] + re.sub(r"\n\s+", " ", m[2]) + m[3], text)
     write_atomic(path, lambda file: file.write(text.encode()))
 
 

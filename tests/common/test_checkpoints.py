@@ -105,6 +105,15 @@ def test_unwritable_work_dir_is_one_clear_line(tmp_path):
         save(tmp_path / "file" / "work", 1)
 
 
+def test_json_is_compact_and_reads_back(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"c": [[1, 2], [3, 4]], "d": "x, [y]\n {z}", "e": {}}, "f": [], "g": {"h": True}}
+    checkpoints.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert '"a": [1, 2.5, null]' in text
+    assert text.count("\n") < 14
+
+
 def test_write_atomic_leaves_the_old_content_when_it_fails(tmp_path):
     checkpoints.write_json(tmp_path / "a.json", {"v": 1})
 
