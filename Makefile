@@ -10,7 +10,7 @@
 ## RESUME=never        run again from the start what runs/ already holds
 ## DATA=data           where the datasets are or go; also the environment variable REPRO_DATA
 ## DATASET=name        which dataset to fetch
-## RUN=runs/...        which run to record
+## RUN=runs/...        which run to record; "runs/pc_darts/*-quick-s*" for several
 ## DEST=dir            where the exported folder goes
 ## PYTHON=python3      run on this interpreter as it is, without .venv and without installing anything
 ## TORCH_BACKEND=cpu   other builds of torch in .venv: cpu (small), auto, cu130, ...; locked goes back to the default
@@ -60,7 +60,7 @@ results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results
 
 record: $(READY)  ## RUN=: promote a run's record to evidence in its paper's results/
-	@$(PY) -m common.results.record "$(RUN)"
+	@$(PY) -m common.results.record $(RUN)
 
 data: $(READY)  ## DATASET= [DATA=]: fetch or find, verify and convert a dataset
 	@$(PY) -m common.datasets $(DATASET) $(if $(DATA),--root "$(DATA)")

@@ -104,7 +104,12 @@ def searched_genotypes(records: list[dict]) -> dict[str, Genotype]:
     found = {}
     for record in records:
         for stage, artifacts in record.get("artifacts", {}).items():
-            if stage.startswith("search") and isinstance(artifacts, dict) and "genotype" in artifacts:
+            if (
+                stage.startswith("search")
+                and stage != "searched"
+                and isinstance(artifacts, dict)
+                and "genotype" in artifacts
+            ):
                 parts = artifacts["genotype"]
                 cells = [tuple((op, source) for op, source in parts[part]) for part in ("normal", "reduce")]
                 genotype = Genotype(cells[0], tuple(parts["normal_concat"]), cells[1], tuple(parts["reduce_concat"]))
