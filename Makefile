@@ -5,7 +5,7 @@
 ## PAPER=slug          a folder of papers/, e.g. pc_darts
 ## TIER=quick          quick (no data, no GPU, minutes), short (real data, one GPU) or full (the paper's protocol)
 ## CLAIM=id            only this claim of papers/<slug>/paper.yaml
-## SEEDS="0 1 2"       instead of the seeds of the tier
+## SEEDS="0 1 2"       instead of seed 0 alone
 ## DEVICE=auto         auto (CUDA if there is one), cpu or cuda
 ## RESUME=never        run again from the start what runs/ already holds
 ## DATA=data           where the datasets are or go; also the environment variable REPRO_DATA

@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, settings, message, tmp_pa
 
 def test_cuda_that_is_not_there(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA device is there, so asking for it is no error")
     with pytest.raises(SystemExit) as stopped:
         cli.main(search.run, search.Config, search.__file__, ["--device", "cuda", "--work-dir", str(tmp_path)])
     assert stopped.value.code == 2
