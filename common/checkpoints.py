@@ -130,6 +130,26 @@ def load_checkpoint(work_dir: Path, identity: dict, world: World, resume: str = 
     return None
 
 
+def read_checkpoint(name: str, *scripts: str) -> dict:
+    """The checkpoint at `name` (a file, or a work dir: the newest there) that one of `scripts` (its identity) wrote.
+
+    For another script to go on from: {"identity", "position", "state": {"parts": {name: state dict}}}. UserError when
+    there is none, when it does not open, or when another script wrote it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
+    if not name or not path.is_file():
+        raise UserError(f"no checkpoint at {name or '(empty)'!r}; give a work dir of papers.{scripts[0]}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise UserError(f"{path} does not open ({type(error).__name__}); use another checkpoint of that run") from None
+    if not isinstance(payload, dict) or payload.get("identity", {}).get("script") not in scripts:
+        raise UserError(f"{path} was not written by papers.{' or papers.'.join(scripts)}")
+    return payload
+
+
 class Progress:
     """Where a training loop is (`step`), what it has seen (`curve`, `loss_sum` of this epoch), and its checkpoints.
 

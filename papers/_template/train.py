@@ -61,15 +61,15 @@ def run(config: Config, job: Job) -> Measured:
             loss.backward()
             optimiser.step()
             progress.step += 1
-            if stop.at(progress.step):
-                progress.save(config.lr)
-                raise runtime.Stopped(f"training at step {progress.step} of {len(loader) * config.epochs}")
             if progress.step % len(loader) == 0:
                 train_loss = runtime.require_finite(loss, progress.step, config.lr)
                 progress.log(f"train epoch {epoch + 1}/{config.epochs}", epoch=epoch, train_loss=train_loss)
                 progress.save(config.lr)
             elif progress.step % config.save_every == 0:
                 progress.save(config.lr)
+            if stop.at(progress.step):
+                progress.save(config.lr)
+                raise runtime.Stopped(f"training at step {progress.step} of {len(loader) * config.epochs}")
 
     return Measured(
         metrics={"test_error": {"last": error_rate(model, test_loader), "n": len(tests)}, "chance": {"last": 90.0}},

@@ -154,15 +154,15 @@ def run(config: Config, job: Job) -> Measured:
             progress.step += 1
             if progress.step % config.log_every == 0:
                 runtime.require_finite(loss, progress.step, lr)
-            if stop.at(progress.step):
-                progress.save(lr)
-                raise runtime.Stopped(f"search at step {progress.step} of {per_epoch * config.epochs}")
             if progress.step % per_epoch == 0:
                 mean = runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr)
                 progress.log(f"search epoch {epoch + 1}/{config.epochs}", epoch=epoch, lr=lr, train_loss=round(mean, 5))
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
                 progress.save(lr)
+            if stop.at(progress.step):
+                progress.save(lr)
+                raise runtime.Stopped(f"search at step {progress.step} of {per_epoch * config.epochs}")
 
     seconds, genotype = progress.seconds, model.genotype()
     held_out_accuracy = accuracy(config, model, held_out, job.world)

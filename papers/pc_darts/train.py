@@ -144,9 +144,6 @@ def run(config: Config, job: Job) -> Measured:
             progress.step += 1
             if progress.step % config.log_every == 0:
                 runtime.require_finite(loss, progress.step, lr)
-            if stop.at(progress.step):
-                progress.save(lr)
-                raise runtime.Stopped(f"training at step {progress.step} of {per_epoch * config.epochs}")
             if progress.step % per_epoch == 0:
                 line = {"epoch": epoch, "lr": lr}
                 line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
@@ -157,6 +154,9 @@ def run(config: Config, job: Job) -> Measured:
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
                 progress.save(lr)
+            if stop.at(progress.step):
+                progress.save(lr)
+                raise runtime.Stopped(f"training at step {progress.step} of {per_epoch * config.epochs}")
 
     looked = [line for line in progress.curve if "test_error" in line]
     return Measured(

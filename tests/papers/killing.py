@@ -1,11 +1,12 @@
-"""Not a test: runs a script of the folder again and again in forked children that kill themselves at given steps.
+"""Not a test: runs a paper's script again and again in forked children that kill themselves at given steps.
 
-    python killing.py search|train FOLDER 'JSON list of plans'
+    python killing.py papers.pc_darts.search FOLDER "key=value ..." 'JSON list of plans'
 
 A plan is {"name": ..., "kills": [steps after which to die], "how": "SIGKILL"|"SIGTERM", "truncate": bool, "set": {...}}.
 Prints one JSON object: per plan the exit codes of its children and the final record.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -17,17 +18,9 @@ import torch
 import torch._dynamo  # like scikit-learn, imported at first use: once here, not in every fork
 
 from common import cli, datasets
-from papers.pc_darts import search, train
-
-SETTINGS = {
-    "search": "dataset=cluttered_digits image_size=12 train_images=192 crop_pad=2 flip=true C=4 K=2 layers=3 epochs=2 "
-    "arch_start=1 batch_size=16 log_every=1 save_every=4",
-    "train": "dataset=cluttered_digits image_size=12 train_images=128 test_images=64 crop_pad=2 cutout=4 C=4 layers=3 "
-    "epochs=2 batch_size=16 drop_path=0.3 log_every=1 save_every=4",
-}
 
 
-def child(script: str, work_dir: Path, settings: dict, die_after: int | None, how: str) -> None:
+def child(script, settings: list[str], work_dir: Path, changed: dict, die_after: int | None, how: str) -> None:
     """In a fork: the script's own command line, with a signal to itself after `die_after` optimiser steps."""
     if die_after:
         steps, step = 0, torch.optim.SGD.step
@@ -40,10 +33,9 @@ def child(script: str, work_dir: Path, settings: dict, die_after: int | None, ho
                 os.kill(os.getpid(), getattr(signal, how))
 
         torch.optim.SGD.step = counted
-    changed = [f"{key}={value}" for key, value in settings.items()]
-    argv = ["--device", "cpu", "--work-dir", str(work_dir), "--set", *SETTINGS[script].split(), *changed]
-    module = {"search": search, "train": train}[script]
-    cli.main(module.run, module.Config, module.__file__, argv)
+    changed = [f"{key}={value}" for key, value in changed.items()]
+    argv = ["--device", "cpu", "--work-dir", str(work_dir), "--set", *settings, *changed]
+    cli.main(script.run, script.Config, script.__file__, argv)
 
 
 def fork(*args) -> int:
@@ -65,14 +57,15 @@ def fork(*args) -> int:
 
 
 def main() -> None:
-    script, folder, plans = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    script, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
+    settings, plans = sys.argv[3].split(), json.loads(sys.argv[4])
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
     datasets.load("cluttered_digits", "train", n=1)
     found = {}
     for plan in plans:
         work_dir, codes = folder / plan["name"], []
         for kill in [*plan.get("kills", []), None]:
-            codes.append(fork(script, work_dir, plan.get("set", {}), kill, plan.get("how", "SIGKILL")))
+            codes.append(fork(script, settings, work_dir, plan.get("set", {}), kill, plan.get("how", "SIGKILL")))
             if plan.get("truncate") and kill:
                 newest = max(work_dir.glob("checkpoint-*.pt"))
                 newest.write_bytes(newest.read_bytes()[:1000])

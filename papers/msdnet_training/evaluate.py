@@ -1,0 +1,126 @@
+"""Evaluate a network of train.py or finetune.py: anytime accuracy, and accuracy under a budget of multiply-adds.
+
+    python -m papers.msdnet_training.evaluate --set checkpoint=runs/msdnet_training/finetune-full-s0
+    python -m papers.msdnet_training.evaluate --set checkpoint=... budget=40.0e+6
+
+Thresholds come from the held-out training images (without augmentation) and are applied to the test split.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import cli, runtime
+from common.checkpoints import read_checkpoint
+from common.cli import Job, build_config
+from common.datasets.classification import part
+from common.errors import UserError
+from common.results.records import Measured
+
+from . import finetune, train
+from .adaptive import budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
+from .cost import exit_costs
+
+
+@dataclass
+class Config:
+    checkpoint: str = ""  # a checkpoint of train.py or finetune.py, or its work dir (the newest one there)
+    budget: float = 0.0  # mult-adds an image, on average; 0: the curve over all budgets alone
+    test_images: int = -1  # -1: as in its own training; 0: all
+
+
+def trained_model(name: str):
+    """(MSDNet or IMTA with its weights, the config of stage 1, classes, script, step)."""
+    payload = read_checkpoint(name, "msdnet_training.train", "msdnet_training.finetune")
+    identity, position = payload["identity"], payload["position"]
+
+    def settings(script, values):
+        known = {field.name for field in dataclasses.fields(script.Config)}
+        return build_config(script.Config, {key: value for key, value in values.items() if key in known}, name)
+
+    if identity["script"] == "msdnet_training.train":
+        config = settings(train, identity)
+        model = train.build(config, identity["classes"])
+    else:
+        config = settings(train, identity["trained"])
+        model = finetune.build(settings(finetune, identity), config, identity["classes"])
+    model.load_state_dict(payload["state"]["parts"]["model"])
+    return model, config, identity["classes"], identity["script"], position
+
+
+@torch.inference_mode()
+def all_logits(config: train.Config, model, loader, device) -> tuple[Tensor, Tensor]:
+    """Of every image of a loader and every exit: logits (N, k, classes) and labels (N,), on the CPU."""
+    model.eval()
+    logits, labels = [], []
+    for x, y in loader.epoch(0):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            logits.append(torch.stack(model(x), 1).float().cpu())
+        labels.append(y.cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+def budget_curve(held_out: Tensor, logits: Tensor, labels: Tensor, costs: list[int]) -> list[dict]:
+    """Accuracy and mean cost on the test split for every p of the grid; thresholds from the held-out confidences."""
+    curve = []
+    for p in budget_grid().tolist():
+        chosen = thresholds(held_out, exit_fractions(p, len(costs)))
+        found = budgeted(logits, labels, chosen, costs)
+        curve.append({"p": p, "mult_adds": round(found.cost), "accuracy": found.accuracy})
+    return curve
+
+
+def accuracy_at(curve: list[dict], mult_adds: float) -> float:
+    """Linear interpolation of the budget curve; at its ends, the end's accuracy."""
+    points = sorted((point["mult_adds"], point["accuracy"]) for point in curve)
+    return float(np.interp(mult_adds, *zip(*points, strict=True)))
+
+
+def run(config: Config, job: Job) -> Measured:
+    """Accuracy and cumulative cost of every exit; the budget curve; with a budget, its thresholds and what they buy."""
+    model, settings, classes, script, step = trained_model(config.checkpoint)
+    if config.test_images >= 0:
+        settings = dataclasses.replace(settings, test_images=config.test_images)
+    if not settings.held_out:
+        raise UserError(
+            f"{config.checkpoint} was trained with held_out=0: no image is left to choose thresholds on; train it with "
+            "--set held_out=<images>"
+        )
+    if job.world.size > 1:
+        raise UserError("evaluate.py runs in one process; start it without torchrun")
+    held, tests = part(settings, job, "held_out"), part(settings, job, "test")
+    if tests.classes != classes:
+        raise UserError(f"the checkpoint has {classes} classes, {settings.dataset} has {tests.classes}")
+    costs = exit_costs(model, tests.size)
+    model = model.to(job.device)
+    held_out = confidence(all_logits(settings, model, held.loader, job.device)[0])
+    logits, labels = all_logits(settings, model, tests.loader, job.device)
+    accuracies = (100 * (logits.argmax(-1) == labels[:, None]).double().mean(0)).tolist()
+    curve = budget_curve(held_out, logits, labels, costs)
+    metrics = train.exit_metrics(accuracies, tests.samples)
+    metrics |= {f"exit{i}_mult_adds": {"last": cost} for i, cost in enumerate(costs, 1)}
+    artifacts = {"budget_curve": curve, "exit_mult_adds": costs}
+    if config.budget:
+        try:
+            chosen, p, _ = thresholds_for_budget(held_out, costs, config.budget)
+        except ValueError as error:
+            raise UserError(f"budget: {error}") from None
+        found = budgeted(logits, labels, chosen, costs)
+        metrics |= {"budgeted_accuracy": {"last": found.accuracy, "n": tests.samples}}
+        metrics |= {"budgeted_mult_adds": {"last": found.cost}}
+        artifacts |= {"thresholds": chosen.clamp(min=-1).tolist(), "p": p, "exit_fractions": found.fractions.tolist()}
+    return Measured(
+        metrics=metrics,
+        config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
+        scale={"epochs": settings.epochs, "steps": step, "of": script},
+        data=held.digests | tests.digests,
+        artifacts=artifacts,
+        weights_sha256=runtime.weights_sha256(model),
+    )
+
+
+if __name__ == "__main__":
+    cli.main(run, Config, __file__)

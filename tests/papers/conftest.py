@@ -1,0 +1,119 @@
+"""What the tests of all papers' scripts share: jobs, killed runs, two ranks, a tiny ImageNet, refused input."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import cli
+from common.cli import Job
+from common.runtime import World
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def job():
+    """job(folder, seed) in one process on the CPU; the data root is given, or a folder that is not there."""
+
+    def make(folder: Path, seed: int = 0, data: Path | None = None, **more) -> Job:
+        return Job(seed, World(0, 1, torch.device("cpu")), folder, data or folder / "data", **more)
+
+    return make
+
+
+@pytest.fixture
+def survives_kills(tmp_path):
+    """A script run whole; killed at three random steps; asked to stop; killed with its newest checkpoint cut short.
+
+    All must end with the same weights, curve and metrics (but those named in `timeless`: seconds).
+    """
+
+    def check(script: str, settings: str, steps: int, every: int, timeless=(), extra: dict | None = None) -> dict:
+        draw = random.Random()
+        kills, extra = [draw.randint(1, steps // 2) for _ in range(3)], extra or {}
+        plans = [
+            {"name": "whole", "set": extra},
+            {"name": "killed", "kills": kills, "set": extra},
+            {"name": "asked", "kills": [draw.randint(1, steps - 1)], "how": "SIGTERM", "set": extra},
+            {"name": "cut", "kills": [2 * every + 1], "truncate": True, "set": extra},
+        ]
+        command = [sys.executable, str(Path(__file__).with_name("killing.py")), script, str(tmp_path), settings]
+        command.append(json.dumps(plans))
+        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+        assert "RESULT" in done.stdout, done.stderr[-3000:]
+        found = json.loads(done.stdout.split("RESULT")[1])
+        assert found["killed"]["codes"] == [-9, -9, -9, 0], kills
+        assert found["asked"]["codes"] == [75, 0]
+        assert found["cut"]["codes"] == [-9, 0]
+        assert "does not open" in done.stdout
+        whole = found["whole"]["record"]
+        assert whole["scale"]["steps"] == steps
+        compared = [k for k in whole["metrics"] if k not in timeless]
+        for name in ("killed", "asked", "cut"):
+            record = found[name]["record"]
+            assert record["weights_sha256"] == whole["weights_sha256"], (name, plans)
+            assert record["curve"] == whole["curve"]
+            assert found[name]["metrics.jsonl"] == found["whole"]["metrics.jsonl"], "no step logged twice"
+            assert {k: record["metrics"][k] for k in compared} == {k: whole["metrics"][k] for k in compared}
+        return whole
+
+    return check
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(code): runs it on two CPU ranks in tmp_path; returns its output, fails with its errors."""
+
+    def run(code: str) -> str:
+        (tmp_path / "ranks.py").write_text(textwrap.dedent(code))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "ranks.py")]
+        done = subprocess.run(
+            [sys.executable, *launch], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def imagenet_tree(tmp_path_factory) -> Path:
+    """A data root with a tiny ImageNet: 3 classes, 12 + 4 JPEGs each, of different sizes."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("n01", "n02", "n03"):
+            folder = root / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                size = (draw.randint(40, 90), draw.randint(40, 90))
+                Image.new("RGB", size, tuple(draw.randrange(256) for _ in range(3))).save(folder / f"{i}.JPEG")
+    return root
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, *argv): its one line on stderr; exit code 2, and nothing left behind."""
+
+    def run(script, *argv: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(script.run, script.Config, script.__file__, ["--device", "cpu", *argv])
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1
+        assert not Path("runs").exists()
+        return told
+
+    return run
