@@ -208,15 +208,14 @@ class FastCondenseNet:
     """A CondenseNet for inference on the CPU: images (N, 3, H, W) -> logits (N, classes), float32.
 
     model: condensed, or in training form with all condensing stages done (then converted here, the classifier whole);
-    static and dense 1x1 convolutions are taken, too. The weights are copied. threads: as torch.get_num_threads() now,
-    unless given. Calls may come from several threads. Buffers for the last image sizes and chunks are kept.
+    static and dense 1x1 convolutions are taken, too. The weights are copied. threads: torch.get_num_threads() now,
+    unless given; they are the engine's own, started here, and do not survive os.fork. Calls may come from several
+    threads. Buffers are kept for the next images of a size. ValueError for a model or images that do not fit.
     """
 
     @torch.inference_mode()
     def __init__(self, model: CondenseNet, threads: int | None = None):
-        if any(
-            v.device.type != "cpu" or v.dtype not in (torch.float32, torch.int64) for v in model.state_dict().values()
-        ):
+        if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
             raise ValueError("expected a float32 model on the CPU; move it there with model.cpu().float()")
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
@@ -234,21 +233,19 @@ class FastCondenseNet:
         self.pool = started_pool(self.threads)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[1] != 3 or not len(images):
-            raise ValueError(f"images {tuple(images.shape)}: expected (N, 3, H, W) with N at least 1")
+        smallest = self.stride * (2 ** len(self.transitions) - 1) + 1  # the stem rounds up, each pool down
+        if images.dim() != 4 or images.shape[1] != 3 or not len(images) or min(images.shape[2:]) < smallest:
+            sizes = f"(N, 3, H, W), N at least 1, H and W at least {smallest}"
+            raise ValueError(f"images {tuple(images.shape)}: expected {sizes}")
         if images.device.type != "cpu" or images.dtype != torch.float32:
             raise ValueError(f"images of {images.dtype} on {images.device}: expected float32 on the CPU")
         if images.requires_grad and torch.is_grad_enabled():
             raise ValueError("this engine has no backward: call it under torch.no_grad(), or differentiate the model")
         N, _, H, W = images.shape
-        smallest = self.stride * (2 ** len(self.transitions) - 1) + 1
-        if min(H, W) < smallest:
-            raise ValueError(f"images {H} x {W}: expected at least {smallest} x {smallest}")
         chunks = math.ceil(N / max(1, CHUNK_PIXELS // (H * W)))
         chunks = min(N, self.threads * math.ceil(chunks / self.threads))  # as many for every thread
         logits = torch.empty(N, self.head.bias.shape[1])
-        work = images.tensor_split(chunks), logits.tensor_split(chunks)
-        list(self.pool.map(self.run, *work))
+        list(self.pool.map(self.run, images.tensor_split(chunks), logits.tensor_split(chunks)))
         return logits
 
     @torch.inference_mode()
@@ -269,8 +266,8 @@ class FastCondenseNet:
 def started_pool(threads: int) -> ThreadPoolExecutor:
     """Threads that compute on one thread each; the caller's setting stays as it is.
 
-    torch.set_num_threads sets this number for the calling thread, and the one that new threads begin with, at their
-    first question or operation. So every thread asks, then sets; all of them do it now; the caller sets its own again.
+    torch.set_num_threads is for the calling thread, and for those that have not yet asked for their number: on their
+    first operation they take the last one set. So each thread here asks, then sets; then the caller sets its own again.
     """
 
     def start() -> None:

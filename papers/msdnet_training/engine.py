@@ -123,6 +123,8 @@ class AdaptiveEngine:
         images = images.contiguous(memory_format=torch.channels_last)
         numbers = torch.arange(len(images), device=images.device)[:, None]
         answers = []
+        for queue in self.queues:
+            queue.filled = 0  # a call that was interrupted leaves samples behind
         for n, x in zip(numbers.split(self.chunk), images.split(self.chunk), strict=True):
             self._run(0, [n, x], answers)
         for i, queue in enumerate(self.queues):  # the rest, in this order: block i fills the queues after it

@@ -217,7 +217,7 @@ def test_thread_settings_stay():
         (torch.zeros(1, 4, 8, 8), "expected (N, 3, H, W)"),
         (torch.zeros(3, 8, 8), "expected (N, 3, H, W)"),
         (torch.zeros(0, 3, 8, 8), "N at least 1"),
-        (torch.zeros(1, 3, 8, 3), "at least 4 x 4"),
+        (torch.zeros(1, 3, 8, 3), "H and W at least 4"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.float64), "expected float32 on the CPU"),
         (torch.zeros(1, 3, 8, 8, device="meta"), "expected float32 on the CPU"),
         (torch.zeros(1, 3, 8, 8, requires_grad=True), "no backward"),

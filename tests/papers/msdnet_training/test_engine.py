@@ -124,6 +124,22 @@ def test_nothing_is_computed_for_a_sample_that_has_left(chunk):
     assert engine.samples_run == there[:4]
 
 
+def test_an_interrupted_call_leaves_nothing_behind():
+    model, images = network(), torch.randn(40, 3, 32, 32)
+    logits, bounds = every_exit(model, images)
+    engine = AdaptiveEngine(model, bounds, chunk=16)
+
+    def interrupt(_module, _inputs):
+        raise KeyboardInterrupt
+
+    hook = engine.model.exits[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine(images)
+    assert any(queue.filled for queue in engine.queues)
+    hook.remove()
+    assert_same(engine, images, logits, bounds)
+
+
 def test_model_is_left_as_it_is():
     model = network().train()
     before = {name: x.clone() for name, x in model.state_dict().items()}

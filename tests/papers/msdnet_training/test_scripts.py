@@ -126,6 +126,15 @@ def test_budget_thresholds_come_from_the_held_out_images(stage_1, job, tmp_path)
     assert evaluate.accuracy_at([{"mult_adds": 0, "accuracy": 10}, {"mult_adds": 4, "accuracy": 30}], 1) == 15
 
 
+def test_timed_budgets_answer_as_the_thresholds_say(stage_1, job, tmp_path):
+    """The engine on the test set, p by p: the accuracy that evaluate.py computes from all exits' logits."""
+    found = reproduce.timed_budgets(str(stage_1), job(tmp_path), budgets=(0.5, 1.0))
+    curve = evaluate.run(evaluate.Config(str(stage_1)), job(tmp_path / "e")).artifacts["budget_curve"]
+    expected = {point["p"]: point["accuracy"] for point in curve}
+    assert [point["accuracy"] for point in found] == pytest.approx([expected[0.5], expected[1.0]], abs=2.6)  # one of 40
+    assert all(point["ms"] > 0 for point in found)
+
+
 def test_imagenet_form_on_a_tiny_tree(imagenet_tree, job, tmp_path):
     settings = {
         "dataset": "imagenet",
@@ -206,14 +215,18 @@ def test_full_configs_are_the_papers_recipe():
 
 
 def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(job, tmp_path, monkeypatch):
+    timed = []
+
     def settings(config, folder, name, section, **changed):
         changed = {key: value for key, value in changed.items() if key != "dataset"}
         return tiny(**changed, exits=5) if section == "train" else finetune.Config(**TINY_2 | changed)
 
     monkeypatch.setattr(reproduce, "load_config", settings)
+    monkeypatch.setattr(reproduce, "timed_budgets", lambda checkpoint, job: timed.append(checkpoint) or [])
     found = {}
     for name in ("c10-arms", "c100"):
         found[name] = set(reproduce.EXPERIMENTS[name].measure("quick", job(tmp_path / name)).metrics)
+    assert len(timed) == 4
     found |= {"arms": found["c10-arms"], "c10": found["c100"], "imagenet": found["c100"]}
     for claim in load_paper(FOLDER).claims:
         if claim.run and claim.run.experiment in found:
@@ -234,7 +247,7 @@ DIGITS = "dataset=cluttered_digits train_images=128 held_out=20"
 @pytest.mark.parametrize(
     ("script", "settings", "message"),
     [
-        (train, f"{DIGITS} exits=0", "exits=0, base=4, step=2: expected at least 1 of each"),
+        (train, f"{DIGITS} exits=0", "exits=0, base=1, step=1: expected at least 1 of each"),
         (train, f"{DIGITS} growth_factor=[1,2]", "expected one number >= 1 a scale in each"),
         (train, f"{DIGITS} growth=3 growth_factor=[1,1] bottleneck_factor=[1,1]", "expected even products"),
         (train, "milestones=[300]", r"milestones are rising epochs below 300; they are \[300\]"),
