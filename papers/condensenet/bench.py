@@ -3,8 +3,9 @@
     python -m papers.condensenet.bench [--device auto|cpu|cuda] [--batch 64 1] [--rounds 5]
 
 Speed-ups are over the better of the two dense rows, the median over rounds in which all rows take turns; `theory` is
-the ratio of mult-adds. All threads of torch.get_num_threads() are used (OMP_NUM_THREADS=1 for one). On a machine that
-is busy with other work, the rows that split every operation over threads lose more than the engine, which does not.
+the ratio of mult-adds. All threads of torch.get_num_threads() are used, one with OMP_NUM_THREADS=1. With several, trust
+the numbers of an idle machine alone: next to other work, the rows that split every operation over threads wait for the
+slowest in each (10 times their time and more was seen), the engine once in a batch. One thread is fair at any time.
 `make reproduce CLAIM=speed` records it.
 """
 

@@ -126,44 +126,51 @@ class AdaptiveEngine:
         for queue in self.queues:
             queue.filled = 0  # a call that was interrupted leaves samples behind
         for n, x in zip(numbers.split(self.chunk), images.split(self.chunk), strict=True):
-            self._run(0, [n, x], answers)
+            self._run(0, [n, None, x], answers)
+            self._run_full_queues(answers)
         for i, queue in enumerate(self.queues):  # the rest, in this order: block i fills the queues after it
             if queue.filled:
                 self._run(i, queue.first(), answers)
                 queue.drop_first()
+                self._run_full_queues(answers)
         numbers, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
         order = numbers.argsort()
         return logits[order], exits[order]
 
-    def _run(self, i: int, samples: list[Tensor], answers: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Block and exit i, and all that this makes possible after it. Whoever leaves goes to `answers`.
+    def _run_full_queues(self, answers: list[tuple]) -> None:
+        """The deepest first: it fills only queues that have room for a chunk more."""
+        while full := [i for i, queue in enumerate(self.queues) if queue.filled >= self.chunk]:
+            self._run(full[-1], self.queues[full[-1]].first(), answers)
+            self.queues[full[-1]].drop_first()
 
-        samples: numbers (N, 1) in the batch, then the images, or logits of exit i - 1 and what stage i - 1 carries.
+    def _run(self, i: int, samples: list[Tensor], answers: list[tuple]) -> None:
+        """From block i on, as long as many stay: few wait in the queue of the next block.
+
+        samples: numbers (N, 1) in the batch, logits of exit i - 1, and what stage i - 1 carries or the images.
+        answers gets (numbers, logits, exit), one row for each sample that leaves.
         """
-        numbers, logits = samples[0], None
+        while samples:
+            samples = self._step(i, samples, answers)
+            i += 1
+
+    def _step(self, i: int, samples: list[Tensor], answers: list[tuple]) -> list[Tensor]:
+        """Block and exit i -> the samples to go on with at once, or []."""
+        numbers, logits, *carried = samples
+        samples.clear()  # memory that is freed early is taken again while it is in the cache
         self.samples_run[i] += len(numbers)
-        if i == 0:
-            state = samples[1]
-        else:
-            logits, state = samples[1], self.stages[i - 1].finish(samples[2:])
-        carried = self.stages[i].split(state)
+        carried = self.stages[i - 1].finish(carried) if i else carried[0]
+        carried = self.stages[i].split(carried)
         logits = self.model.exit_logits(i, carried, logits)
         leaves = (confidence(logits) >= self.thresholds[i]) | (i == len(self.stages) - 1)
         answers.append((numbers[leaves, 0], logits[leaves], torch.full_like(numbers[leaves, 0], i)))
         stay = (~leaves).nonzero()[:, 0]
-        if not len(stay):
-            return
-        samples, queue = [numbers, logits, *carried], self.queues[i + 1]
-        at_once = len(stay)
-        if at_once < len(numbers):
-            at_once = at_once // STEP * STEP if at_once >= self.chunk // 2 else 0
-            queue.add(samples, stay[at_once:])
-            samples = [_take(x, stay[:at_once]) for x in samples] if at_once else []
-        if at_once:
-            self._run(i + 1, samples, answers)
-        if queue.filled >= self.chunk:
-            self._run(i + 1, queue.first(), answers)
-            queue.drop_first()
+        samples = [numbers, logits, *carried]
+        if len(stay) == len(numbers):  # nothing to copy
+            return samples if len(stay) else []
+        at_once = len(stay) // STEP * STEP if len(stay) >= self.chunk // 2 else 0
+        if at_once < len(stay):
+            self.queues[i + 1].add(samples, stay[at_once:])
+        return [_take(x, stay[:at_once]) for x in samples] if at_once else []
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

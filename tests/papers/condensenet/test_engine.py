@@ -47,8 +47,8 @@ def assert_equal(fast, model, x):
 
 # ------------------------------------------------------------------------------------------------ pieces
 def test_clamp_and_fold_are_relu_of_an_affine_map():
-    a = torch.tensor([2.0, 0.5, -1, -3, 0, 0, 0, 1e-30, -1e-30, 1e-30, 1e-8], dtype=torch.float64)
-    b = torch.tensor([1.0, -4, 2, -0.5, 3, -3, 0, 2, 2, -2, -1e-8], dtype=torch.float64)
+    a = torch.tensor([2.0, 0.5, -1, -3, 0, 0, 0, 1e-30, -1e-30, 1e-40, -1e-40, 1e-8], dtype=torch.float64)
+    b = torch.tensor([1.0, -4, 2, -0.5, 3, -3, 0, 2, 2, -2, -2, -1e-8], dtype=torch.float64)
     x = torch.linspace(-5, 5, 101).expand(len(a), -1)
     folded = fold(a, b, torch.eye(len(a))[None])
     clamped = torch.empty_like(x)
