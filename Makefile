@@ -78,7 +78,7 @@ gpu: $(READY)  ## the tests and kernel benchmarks that need a CUDA device
 	  echo "$$paper"; $(PY) -m papers.$$paper.bench --device cuda || exit; done
 
 test: $(READY)  ## the fast test suite (pytest -m slow trains for minutes)
-	$(PY) -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 lint: $(READY)  ## ruff check and ruff format --check
 	$(PY) -m ruff check .

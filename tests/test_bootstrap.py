@@ -176,7 +176,7 @@ def test_missing_variable_is_one_line(house, arguments, named):
         ("bench", "-m common.datasets.bench"),
         ("bench PAPER=toy DEVICE=cpu", "-m papers.toy.bench --device cpu"),
         ("figures PAPER=toy", "-m papers.toy.figures"),
-        ("test", "-m pytest -m 'not slow and not gpu'"),
+        ("test", "-m pytest -n 2 --dist worksteal -m 'not slow and not gpu'"),
         ("export PAPER=toy DEST=there", "-m common.results.export --paper toy --dest there"),
         ("new PAPER=mine", "-m common.results.new mine"),
     ],
