@@ -8,12 +8,8 @@ speed.png            time of each form of CondenseNet-86 against its multiply-ad
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from common.cli import exit_codes
+from common.results.figures import plt, save
 from common.results.records import load_records
 
 FOLDER = Path(__file__).parent
@@ -66,14 +62,6 @@ def draw_speed(record: dict, path: Path) -> None:
         axis.set(xlim=(0, 2), ylim=(0, limit), xlabel="mult-adds / dense", ylabel="time / better dense layout")
         axis.set_title(f"CondenseNet-86, {batch.replace('_', ' ')}, 2 CPU threads", fontsize=9)
     save(figure, path)
-
-
-def save(figure, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    print(path)
 
 
 def main(argv: list[str] | None = None) -> None:

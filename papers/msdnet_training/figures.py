@@ -9,12 +9,8 @@ gradients.png           norm of the first block's gradient against the number of
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from common.cli import exit_codes
+from common.results.figures import plt, save
 from common.results.records import load_records
 
 FOLDER = Path(__file__).parent
@@ -81,14 +77,6 @@ def draw_gradients(records: list[dict], path: Path) -> None:
     axes.set(xlabel="exits", ylabel="gradient norm of block 1, relative to 2 exits")
     axes.legend(fontsize=7)
     save(figure, path)
-
-
-def save(figure, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    print(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,13 +10,9 @@ One genotype of your own: python -m papers.pc_darts.figures --genotype runs/pc_d
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from common.cli import exit_codes
 from common.errors import UserError
+from common.results.figures import plt, save
 from common.results.records import load_records
 
 from .genotypes import PUBLISHED, Genotype
@@ -90,14 +86,6 @@ def draw_memory(records: list[dict], path: Path) -> None:
         axis.bar(["1", "2", "4"], [costs[f"{key}{K}"]["last"] / unit for K in (1, 2, 4)], color="#4e79a7")
         axis.set(xlabel="K", ylabel=label)
     save(figure, path)
-
-
-def save(figure, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-    print(path)
 
 
 def searched_genotypes(records: list[dict]) -> dict[str, Genotype]:
