@@ -6,7 +6,7 @@ Speed-ups are over the better of the two dense rows, the median over rounds in w
 the ratio of mult-adds. All threads of torch.get_num_threads() are used, one with OMP_NUM_THREADS=1. With several, trust
 the numbers of an idle machine alone: next to other work, the rows that split every operation over threads wait for the
 slowest in each (10 times their time and more was seen), the engine once in a batch. One thread is fair at any time.
-`make reproduce CLAIM=speed` records it.
+`make reproduce PAPER=condensenet CLAIM=speed-64` records it.
 """
 
 import argparse

@@ -49,18 +49,18 @@ def draw_arms(records: list[dict], path: Path) -> None:
 
 
 def draw_speed(record: dict, path: Path) -> None:
-    """Time an image of every form against its multiply-adds, both relative to the better dense layout; ideal: diagonal."""
+    """Time of every form relative to the better dense layout (bars), and its share of the dense mult-adds (ticks)."""
     batches = [key for key in record["artifacts"] if key.startswith("batch_")]
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.4 * len(batches), 3.4), squeeze=False, sharey=True)
     for axis, batch in zip(axes[0], batches, strict=True):
-        for row, r in record["artifacts"][batch].items():
-            x, y = 1 / r["theory"], 1 / r["speedup"]
-            axis.plot(x, y, "o", color="#4e79a7" if "engine" in row else "#f28e2b")
-            axis.annotate(row.replace("_", " "), (x, y), fontsize=6.5, xytext=(4, 2), textcoords="offset points")
-        limit = axis.get_ylim()[1]
-        axis.plot([0, 2], [0, 2], color="#bbbbbb", lw=0.8, ls=":", zorder=0)
-        axis.set(xlim=(0, 2), ylim=(0, limit), xlabel="mult-adds / dense", ylabel="time / better dense layout")
-        axis.set_title(f"CondenseNet-86, {batch.replace('_', ' ')}, 2 CPU threads", fontsize=9)
+        rows = record["artifacts"][batch]
+        for y, (row, r) in enumerate(rows.items()):
+            axis.barh(y, 1 / r["speedup"], height=0.7, color="#4e79a7" if "engine" in row else "#f2b47e")
+            axis.plot([1 / r["theory"]] * 2, [y - 0.4, y + 0.4], color="black", lw=1.2)
+        axis.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows], fontsize=7)
+        axis.set_xlabel("time / better dense layout; black: mult-adds", fontsize=8)
+        axis.set_title(f"CondenseNet-86, {batch.replace('_', ' ')}, CPU", fontsize=9)
+    axes[0, 0].invert_yaxis()
     save(figure, path)
 
 

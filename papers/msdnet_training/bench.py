@@ -46,7 +46,7 @@ def adaptive_bench(
     device: torch.device | str = "cpu",
     budgets: tuple[float, ...] = BUDGETS,
 ) -> dict[str, float]:
-    """Figures of one batch size, the engine checked first; about 50 s for 256 on two cores.
+    """Figures of one batch size, the engine checked first.
 
     "full_s": seconds of the whole network an image; then for each p "mult_adds_p", "time_p": shares of the whole
     network's; "saving_p", and "throughput_p", its throughput gain over the mult-add gain. ValueError: batch, rounds < 1.

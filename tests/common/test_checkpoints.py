@@ -85,6 +85,25 @@ def test_checkpoint_restores_the_generators(tmp_path):
     assert drawn[1] == random.random()
 
 
+def test_another_script_reads_the_newest_checkpoint_of_a_work_dir(tmp_path):
+    for position in (1, 2):
+        save(tmp_path, position, float(position))
+    for name in (tmp_path, tmp_path / "checkpoint-000000002.pt"):
+        payload = checkpoints.read_checkpoint(str(name), "other", "test")
+        assert (payload["position"], payload["state"]["w"].tolist()) == (2, [2.0] * 3)
+    (tmp_path / "bad.pt").write_bytes(b"PK not a checkpoint")
+    torch.save([1], tmp_path / "list.pt")
+    for name, message in {
+        "": r"no checkpoint at '\(empty\)'; give a work dir of papers.other",
+        str(tmp_path / "none"): "no checkpoint at",
+        str(tmp_path / "bad.pt"): "bad.pt does not open",
+        str(tmp_path / "list.pt"): "list.pt was not written by papers.other",
+        str(tmp_path): "was not written by papers.other or papers.more",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            checkpoints.read_checkpoint(name, "other", *(["more"] if name == str(tmp_path) else []))
+
+
 def test_full_disk_loses_nothing(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

@@ -31,7 +31,8 @@ def job():
 
 @pytest.fixture
 def survives_kills(tmp_path):
-    """A script run whole; killed at three random steps; asked to stop; killed with its newest checkpoint cut short.
+    """A script run whole (2 epochs); killed at three random steps; asked to stop at the end of the first epoch and at a random
+    step after; killed with its newest checkpoint cut short.
 
     All must end with the same weights, curve and metrics (but those named in `timeless`: seconds).
     """
@@ -42,7 +43,7 @@ def survives_kills(tmp_path):
         plans = [
             {"name": "whole", "set": extra},
             {"name": "killed", "kills": kills, "set": extra},
-            {"name": "asked", "kills": [draw.randint(1, steps - 1)], "how": "SIGTERM", "set": extra},
+            {"name": "asked", "kills": [steps // 2, draw.randint(1, steps // 2 - 1)], "how": "SIGTERM", "set": extra},
             {"name": "cut", "kills": [2 * every + 1], "truncate": True, "set": extra},
         ]
         command = [sys.executable, str(Path(__file__).with_name("killing.py")), script, str(tmp_path), settings]
@@ -51,7 +52,7 @@ def survives_kills(tmp_path):
         assert "RESULT" in done.stdout, done.stderr[-3000:]
         found = json.loads(done.stdout.split("RESULT")[1])
         assert found["killed"]["codes"] == [-9, -9, -9, 0], kills
-        assert found["asked"]["codes"] == [75, 0]
+        assert found["asked"]["codes"] == [75, 75, 0]
         assert found["cut"]["codes"] == [-9, 0]
         assert "does not open" in done.stdout
         whole = found["whole"]["record"]
