@@ -270,7 +270,8 @@ def test_setup_with_uv_then_nothing(uv_house):
     assert setup(uv_house)[1] == []
     assert time.monotonic() - start < 1
     done = run_make("test", cwd=uv_house, path=str(uv_house / "bin"))
-    assert (uv_house / "log").read_text().splitlines() == ["python -m pytest -m not slow and not gpu"]
+    expected = "python -m pytest -n 2 --dist worksteal -m not slow and not gpu"
+    assert (uv_house / "log").read_text().splitlines() == [expected]
 
 
 def test_any_target_sets_up(uv_house):
