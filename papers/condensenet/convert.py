@@ -3,7 +3,7 @@
     python -m papers.condensenet.convert --set checkpoint=runs/condensenet/train-full-s0
 
 Writes `condensed.pt` into the work dir; `load_condensed(path)` of this folder opens it with torch alone. Reports the test
-error before and after. Official file convert.py.
+error before and after. Official file main.py, option --convert-from.
 """
 
 import dataclasses

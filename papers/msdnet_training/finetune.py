@@ -3,7 +3,7 @@
     python -m papers.msdnet_training.finetune --tier full --set checkpoint=runs/msdnet_training/train-full-s0
 
 The backbone is frozen; its own last exit is the teacher. `collaboration=false` and `gamma=0` take one of the two away.
-Ends with the accuracy of every exit. Official file main.py, stage IMTA.
+Ends with the accuracy of every exit. Official file main_IMTA.py.
 """
 
 import dataclasses

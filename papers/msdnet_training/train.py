@@ -4,7 +4,7 @@
     python -m papers.msdnet_training.train --tier full --set equilibrium=none          (the baseline)
     torchrun --nproc-per-node 4 -m papers.msdnet_training.train --tier full --config full-imagenet
 
-The loss is the sum of the exits' cross-entropies. Ends with the accuracy of every exit. Official file main.py, stage GE.
+The loss is the sum of the exits' cross-entropies. Ends with the accuracy of every exit. Official file main_GE.py.
 """
 
 import dataclasses
