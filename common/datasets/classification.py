@@ -39,7 +39,7 @@ class Part:
 
 
 def part(config, job, which: str) -> Part:
-    """Training batches are shuffled, augmented, of full size; held-out and test batches in order, each image once."""
+    """Training batches are shuffled, augmented, of full size; held-out and test: each image once, in a fixed order."""
     train = which == "train"
     batch = per_rank(config.batch_size, job.world)
     batch = batch if train else max(batch, EVALUATION_BATCH)
