@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from common import cli
+from common.checkpoints import checkpoints
 from common.cli import Job
-from common.runtime import World
+from common.runtime import NotFinite, World
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -81,6 +82,47 @@ def torchrun(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def stops_at_nan(tmp_path, monkeypatch):
+    """stops_at_nan(owner, "loss", run): the loss function owner.loss gives NaN from its 7th call on; run(tmp_path) says so,
+    and the checkpoints left open, are finite, and are from before.
+    """
+
+    def check(owner, name: str, run) -> None:
+        loss_of, calls = getattr(owner, name), []
+
+        def poisoned(*args, **kwargs):
+            calls.append(1)
+            return loss_of(*args, **kwargs) * (float("nan") if len(calls) >= 7 else 1)
+
+        monkeypatch.setattr(owner, name, poisoned)
+        with pytest.raises(NotFinite, match=r"is nan at step \d+, learning rate 0\.\d+"):
+            run(tmp_path)
+        left = checkpoints(tmp_path)
+        assert left
+        for path in left:
+            weights = torch.load(path, weights_only=True)["state"]["parts"]["model"].values()
+            assert all(torch.isfinite(v).all() for v in weights if isinstance(v, torch.Tensor))
+
+    return check
+
+
+@pytest.fixture
+def passes_under_the_interpreter():
+    """passes_under_the_interpreter(file): its tests, in a process of their own with TRITON_INTERPRET=1; none is skipped."""
+
+    def run(path: Path) -> None:
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", str(path), "-m", "interpret", "-p", "no:cacheprovider"]
+        env = {**ENV, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "passed" in done.stdout
+        assert "skipped" not in done.stdout
 
     return run
 

@@ -1,7 +1,5 @@
 """condensed_conv: the definition by loops, its dispatch and its checks, and the interpreter run of the Triton kernel."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -148,22 +146,9 @@ def test_bench_stops_at_a_wrong_implementation(monkeypatch):
         kernel_bench("cpu", quick=True)
 
 
-def test_triton_under_the_interpreter():
+def test_triton_under_the_interpreter(passes_under_the_interpreter):
     """In a process of its own: TRITON_INTERPRET is read when a kernel is decorated."""
-    pytest.importorskip("triton")
-    root = Path(__file__).resolve().parents[3]
-    path = Path(__file__).with_name("test_kernels_interpret.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(path), "-m", "interpret", "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-    assert "skipped" not in result.stdout
+    passes_under_the_interpreter(Path(__file__).with_name("test_kernels_interpret.py"))
 
 
 @pytest.mark.parametrize(

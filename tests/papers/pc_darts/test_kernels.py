@@ -1,8 +1,5 @@
 """mix_bypass_shuffle: the torch implementation against the definition, and the interpreter run of the Triton one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,22 +80,9 @@ def test_bench_rows(monkeypatch):
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 and row["speedup"] > 0 for row in rows)
 
 
-def test_triton_under_the_interpreter():
+def test_triton_under_the_interpreter(passes_under_the_interpreter):
     """In a process of its own: TRITON_INTERPRET is read when a kernel is decorated."""
-    pytest.importorskip("triton")
-    root = Path(__file__).resolve().parents[3]
-    path = Path(__file__).with_name("test_kernels_interpret.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(path), "-m", "interpret", "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-    assert "skipped" not in result.stdout
+    passes_under_the_interpreter(Path(__file__).with_name("test_kernels_interpret.py"))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])

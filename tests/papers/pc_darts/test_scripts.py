@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoints, cli, runtime
+from common import cli, runtime
 from common.cli import Job
 from common.errors import UserError
 from common.runtime import World
@@ -268,24 +268,10 @@ def test_checkpoint_of_another_config_is_refused(tmp_path, job):
 
 
 @pytest.mark.parametrize("script", [search, train])
-def test_non_finite_loss_stops_with_the_last_good_checkpoint(script, tmp_path, monkeypatch, job):
-    """The loss turns NaN at step 7: the run says so, and what is left opens, is finite, and is from before."""
+def test_non_finite_loss_stops_with_the_last_good_checkpoint(script, job, stops_at_nan):
     settings = TINY_SEARCH if script is search else TINY_TRAIN
     config = script.Config(**{**settings, "epochs": 3, "save_every": 2})
-    loss_of, calls = torch.nn.functional.cross_entropy, []
-
-    def poisoned(*args, **kwargs):
-        calls.append(1)
-        return loss_of(*args, **kwargs) * (float("nan") if len(calls) >= 7 else 1)
-
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
-    with pytest.raises(runtime.NotFinite, match=r"is nan at step \d+, learning rate 0\.\d+"):
-        script.run(config, job(tmp_path))
-    left = checkpoints.checkpoints(tmp_path)
-    assert left
-    for path in left:
-        state = torch.load(path, weights_only=True)["state"]
-        assert all(torch.isfinite(v).all() for v in state["parts"]["model"].values() if isinstance(v, torch.Tensor))
+    stops_at_nan(torch.nn.functional, "cross_entropy", lambda folder: script.run(config, job(folder)))
 
 
 def test_unwritable_work_dir_is_one_line(tmp_path, job):
