@@ -128,15 +128,15 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def exit_codes():
-    """Ends the process as DESIGN says: 2 bad input, 3 not finite, 75 stopped after saving; one line, no traceback."""
+    """Ends the process: 2 bad input, 3 not finite or collapsed, 75 stopped after saving; one line, no traceback."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(runtime.EXIT_BAD_INPUT)
-    except runtime.NotFinite as error:
+    except (runtime.NotFinite, runtime.Collapsed) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(runtime.EXIT_NOT_FINITE)
+        sys.exit(runtime.EXIT_DIVERGED)
     except runtime.Stopped as error:
         print(f"stopped by a signal, saved: {error}", file=sys.stderr)
         sys.exit(runtime.EXIT_STOPPED)

@@ -17,7 +17,7 @@ from common.errors import UserError
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; start the same command again to go on
-EXIT_NOT_FINITE = 3
+EXIT_DIVERGED = 3  # a loss that is not finite, a policy that collapsed
 
 
 # ------------------------------------------------------------------------------------------------ keyed randomness
@@ -147,6 +147,10 @@ class StopFlag:
 
 class NotFinite(Exception):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class Collapsed(Exception):
+    """A policy stopped deciding (the same answer for every input); the last checkpoint is kept."""
 
 
 def require_finite(loss: torch.Tensor | float, step: int, lr: float, what: str = "loss") -> float:

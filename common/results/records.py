@@ -23,7 +23,7 @@ from common.checkpoints import write_json
 from common.cli import Job, read_yaml
 from common.errors import UserError
 
-STATUSES = ("ok", "oom", "nan", "killed", "error")
+STATUSES = ("ok", "oom", "nan", "collapsed", "killed", "error")
 
 
 @dataclass
@@ -160,6 +160,8 @@ def execute(measure, folder: Path, experiment: str, tier: str, job: Job) -> dict
 def _status(error: BaseException) -> str:
     if isinstance(error, runtime.NotFinite):
         return "nan"
+    if isinstance(error, runtime.Collapsed):
+        return "collapsed"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "oom"
     if isinstance(error, runtime.Stopped | KeyboardInterrupt):

@@ -86,6 +86,7 @@ def test_load_config_names_what_there_is(tmp_path):
     [
         (UserError("bad"), 2, "error: bad"),
         (runtime.NotFinite("nan"), 3, "stopped: nan"),
+        (runtime.Collapsed("all on"), 3, "stopped: all on"),
         (runtime.Stopped("at step 3"), 75, "stopped by a signal, saved: at step 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -260,6 +260,7 @@ def test_record_holds_what_a_verdict_and_a_reader_need(tmp_path):
     ("error", "status"),
     [
         (runtime.NotFinite("nan"), "nan"),
+        (runtime.Collapsed("all on"), "collapsed"),
         (torch.OutOfMemoryError("big"), "oom"),
         (MemoryError(), "oom"),
         (runtime.Stopped("s"), "killed"),

@@ -23,16 +23,15 @@ from common import cli, datasets
 def child(script, settings: list[str], work_dir: Path, changed: dict, die_after: int | None, how: str) -> None:
     """In a fork: the script's own command line, with a signal to itself after `die_after` optimiser steps."""
     if die_after:
-        steps, step = 0, torch.optim.SGD.step
+        steps = 0
 
-        def counted(self, *args, **kwargs):
+        def count(optimiser, args, kwargs):
             nonlocal steps
-            step(self, *args, **kwargs)
             steps += 1
             if steps == die_after:
                 os.kill(os.getpid(), getattr(signal, how))
 
-        torch.optim.SGD.step = counted
+        torch.optim.optimizer.register_optimizer_step_post_hook(count)
     changed = [f"{key}={value}" for key, value in changed.items()]
     argv = ["--device", "cpu", "--work-dir", str(work_dir), "--set", *settings, *changed]
     cli.main(script.run, script.Config, script.__file__, argv)
