@@ -111,6 +111,15 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, rank 0's first, on the CPU; ranks may differ in how many. In one process: its own."""
+    parts = [tensor.cpu()]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts)
+
+
 def broadcast_from_main(tensors) -> None:
     """Give every rank rank 0's values, in place (parameters at the start, batch-norm buffers before evaluation)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -177,5 +186,5 @@ def weights_sha256(*modules: torch.nn.Module) -> str:
 
 def require_finite_weights(module: torch.nn.Module, step: int, lr: float) -> None:
     """Before a checkpoint: a NaN must never replace the last good one. Waits for the device once."""
-    sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
-    require_finite(sums.sum(), step, lr, "sum of the weights")
+    total = sum(p.detach().double().sum() for p in module.parameters())
+    require_finite(total, step, lr, "sum of the weights")

@@ -1,6 +1,7 @@
 """Small image sets by name, as plain tensors. `python -m common.datasets NAME` gets a set and checks it."""
 
 import difflib
+import functools
 from pathlib import Path
 
 from common.datasets.device_loader import DeviceLoader
@@ -9,19 +10,21 @@ from common.errors import UserError
 
 __all__ = ["DeviceLoader", "Images", "data_root", "known", "load", "prepare", "splits"]
 
-EMBEDDED = ("digits", "cluttered_digits")
+GENERATED = {"cluttered_digits": "digits", "large_canvas": "digits", "large_canvas_cifar10": "cifar10"}  # from what
+EMBEDDED = ("digits", *(name for name, source in GENERATED.items() if source == "digits"))
+OPTIONS = ("n", "size", "seed")  # of a generated set
 
 
 def known(root: Path | None = None) -> list[str]:
-    """Names that `load` takes: the embedded and the published sets, and every `<root>/<name>/{train,test}.npz`."""
+    """Names that `load` takes: embedded, generated and published sets, and every `<root>/<name>/{train,test}.npz`."""
     root = Path(root or data_root())
     found = {path.parent.name for split in SPLITS for path in root.glob(f"*/{split}.npz")}
-    return sorted({*EMBEDDED, *PUBLISHED, *found})
+    return sorted({*EMBEDDED, *GENERATED, *PUBLISHED, *found})
 
 
 def splits(name: str, root: Path | None = None) -> list[str]:
     """Train and test; of a set that is only a folder of yours, those that are there."""
-    if name in EMBEDDED or name in PUBLISHED:
+    if name in EMBEDDED or name in GENERATED or name in PUBLISHED:
         return list(SPLITS)
     return [split for split in SPLITS if (Path(root or data_root()) / name / f"{split}.npz").exists()]
 
@@ -29,22 +32,19 @@ def splits(name: str, root: Path | None = None) -> list[str]:
 def load(name: str, split: str, root: Path | None = None, **options) -> Images:
     """The "train" or "test" split of a set, in memory. Never downloads: `make data DATASET=<name>` does.
 
-    options go to a generated set (`cluttered_digits`: n, size, seed); sets read from files take none.
+    options (n, size, seed) go to a generated set; the others take none.
     Raises UserError for an unknown name, split or option, and for a missing or unsound file.
     """
     root = Path(root or data_root())
     require_known(name, root)
     if split not in SPLITS:
         raise UserError(f"{name} has no split {split!r}; expected train or test")
-    if name == "cluttered_digits":
-        from common.datasets import cluttered_digits  # here, so that it can also be run as a script
-
-        unknown = options.keys() - {"n", "size", "seed"}
-        if unknown:
-            raise UserError(f"cluttered_digits has no option {', '.join(sorted(unknown))}; expected n, size, seed")
-        return cluttered_digits.load(split, **options)
+    if name in GENERATED:
+        return _generate(name, split, root, **options)
     if options:
-        raise UserError(f"{name} takes no options, got {', '.join(options)}; only cluttered_digits does; remove them")
+        raise UserError(
+            f"{name} takes no options, got {', '.join(options)}; only {', '.join(GENERATED)} do; remove them"
+        )
     if name == "digits":
         from common.datasets import digits  # scikit-learn takes a second to import
 
@@ -52,10 +52,24 @@ def load(name: str, split: str, root: Path | None = None, **options) -> Images:
     return load_npz(name, split, root)
 
 
+@functools.lru_cache(maxsize=2)  # stages of one process draw the same two splits again and again
+def _generate(name: str, split: str, root: Path, **options) -> Images:
+    from common.datasets import cluttered_digits, large_canvas  # here, so that they can also be run as scripts
+
+    unknown = options.keys() - set(OPTIONS)
+    if unknown:
+        raise UserError(f"{name} has no option {', '.join(sorted(unknown))}; expected {', '.join(OPTIONS)}")
+    if name == "cluttered_digits":
+        return cluttered_digits.load(split, **options)
+    if name == "large_canvas":
+        return large_canvas.load(split, **options)
+    return large_canvas.load_cifar10(split, root=root, **options)
+
+
 def prepare(name: str, root: Path | None = None) -> None:
     """The step behind `make data DATASET=<name>`: fetch or find, verify, convert. Does nothing that is already done.
 
-    Embedded sets need nothing; of `imagenet` the folder tree is only checked.
+    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` the tree is only checked.
     """
     from common.datasets import imagenet, official  # need torchvision; loading a small set does not
 
@@ -64,6 +78,7 @@ def prepare(name: str, root: Path | None = None) -> None:
         imagenet.check(root)
         return
     require_known(name, root)
+    name = GENERATED.get(name, name)
     if name in official.SOURCES:
         official.convert(name, root)
 

@@ -6,7 +6,7 @@ loader have `.epoch(epoch, start)` and `len()`. The config is the script's own; 
     dataset         a set of common.datasets, or imagenet
     train_images, test_images    the first n of a split; 0: all
     held_out        training images kept out of "train" (for thresholds, or to choose by); a permutation keyed by the seed
-    image_size      0: as it is; smaller: averaged down (cluttered_digits: drawn at this size; imagenet: 224 unless given)
+    image_size      0: as it is; smaller: averaged down (generated sets: drawn at this size; imagenet: 224 unless given)
     batch_size      over all ranks
     crop_pad, flip  augmentation of the small sets
     workers         loader processes a rank (imagenet)
@@ -78,8 +78,9 @@ def per_rank(batch_size: int, world) -> int:
 def small_set(config, job, split: str) -> datasets.Images:
     """The split of an RGB set that fits in memory, at `config.image_size`, cut to `config.{train,test}_images`."""
     count = config.train_images if split == "train" else config.test_images
-    if config.dataset == "cluttered_digits":
-        return datasets.load("cluttered_digits", split, n=count or None, size=config.image_size or 32)
+    if config.dataset in datasets.GENERATED:
+        size = {"size": config.image_size} if config.image_size else {}
+        return datasets.load(config.dataset, split, job.data, n=count or None, **size)
     images = datasets.load(config.dataset, split, job.data)
     if count > len(images):
         raise UserError(f"{split}_images is {count}, but {images.name} {split} has {len(images)}; lower it, 0 is all")

@@ -39,6 +39,14 @@ def test_training_batches_are_full_shuffled_and_augmented_the_others_are_in_orde
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.parametrize(("name", "image_size", "drawn"), [("large_canvas", 0, 72), ("large_canvas", 48, 48),
+                                                           ("cluttered_digits", 0, 32)])  # fmt: skip
+def test_generated_sets_are_drawn_at_the_size_and_number_asked_for(name, image_size, drawn, tmp_path):
+    found = part(config(dataset=name, image_size=image_size), job(tmp_path), "test")
+    assert (found.samples, found.classes, found.size) == (30, 10, drawn)
+    assert found.digests == {f"{name}/test": load(name, "test", n=30, size=drawn).digest}
+
+
 def test_held_out_and_trained_on_images_are_disjoint_and_complete(tmp_path):
     parts = divided(50, 20, seed=3)
     assert sorted(torch.cat([parts["train"], parts["held_out"]]).tolist()) == list(range(50))

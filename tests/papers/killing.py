@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # like scikit-learn, imported at first use: once here, not in every fork
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from common import cli, datasets
 
@@ -31,7 +32,7 @@ def child(script, settings: list[str], work_dir: Path, changed: dict, die_after:
             if steps == die_after:
                 os.kill(os.getpid(), getattr(signal, how))
 
-        torch.optim.optimizer.register_optimizer_step_post_hook(count)
+        register_optimizer_step_post_hook(count)
     changed = [f"{key}={value}" for key, value in changed.items()]
     argv = ["--device", "cpu", "--work-dir", str(work_dir), "--set", *settings, *changed]
     cli.main(script.run, script.Config, script.__file__, argv)

@@ -1,0 +1,37 @@
+"""Glance and Focus Networks (Wang et al., NeurIPS 2020): one look at the whole image, then small crops where it matters."""
+
+from .adaptive import budgeted, confidence, exit_fractions, exits_taken, thresholds, thresholds_for_budget
+from .cost import step_costs
+from .crop import crop
+from .encoders import Encoder, encoder
+from .engine import GlanceFocusEngine
+from .losses import sequence_loss
+from .model import GFNet, Step
+from .policy import Locator, Policy, centre, uniform
+from .ppo import ppo_loss, replay, returns, rewards, standardised
+
+__all__ = [
+    "Encoder",
+    "GFNet",
+    "GlanceFocusEngine",
+    "Locator",
+    "Policy",
+    "Step",
+    "budgeted",
+    "centre",
+    "confidence",
+    "crop",
+    "encoder",
+    "exit_fractions",
+    "exits_taken",
+    "ppo_loss",
+    "replay",
+    "returns",
+    "rewards",
+    "sequence_loss",
+    "standardised",
+    "step_costs",
+    "thresholds",
+    "thresholds_for_budget",
+    "uniform",
+]

@@ -1,0 +1,278 @@
+"""Which experiment measures which claim of paper.yaml.
+
+python -m papers.gfnet.reproduce --tier quick
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.cli import Job, load_config
+from common.datasets.classification import part
+from common.metrics.compute import latency, parameters
+from common.results.records import Measured
+from common.results.reproduce import Experiment, main
+
+from . import evaluate, finetune, train, train_policy
+from .adaptive import confidence, exit_fractions, thresholds
+from .bench import BUDGETS, crop_bench, early_exit_bench
+from .classifiers import ConcatClassifier, RecurrentClassifier
+from .cost import step_costs
+from .crop import crop
+from .encoders import FAMILY, encoder
+from .engine import GlanceFocusEngine
+from .model import GFNet
+from .policy import Locator, Policy
+from .ppo import ENTROPY, log_prob, ppo_loss, replay, returns, rewards, standardised
+
+FOLDER = Path(__file__).parent
+IMAGES_SEEN = 135 * 1_231_167  # 60 + 15 + 60 epochs of ImageNet, less the held-out images
+
+
+def metric(value: float) -> dict:
+    return {"last": value}
+
+
+# ------------------------------------------------------------------------------------------------ costs and properties
+NETWORKS = {  # encoder, P, T of the rows that the card counts
+    "resnet50_96": ("resnet50", 96, 5),
+    "resnet50_128": ("resnet50", 128, 5),
+    "densenet121_96": ("densenet121", 96, 5),
+    "mobilenet_96": ("mobilenet_v3_large", 96, 3),
+    "mobilenet_128": ("mobilenet_v3_large", 128, 3),
+    "mobilenet125_128": ("mobilenet_v3_large_1.25", 128, 3),
+    "efficientnet_b2_128": ("efficientnet_b2", 128, 4),
+}
+
+
+def sizes(tier: str, job: Job) -> Measured:
+    """Everything of the card that needs no training: sizes, cumulative costs, crops, identities of PPO."""
+    found = {}
+    for name, (kind, patch, steps) in NETWORKS.items():
+        with torch.device("meta"):
+            model = GFNet(kind, patch=patch, steps=steps)
+            map_size = model.global_encoder.map_size(patch)
+            recurrent = FAMILY[kind] == "recurrent"
+            policy = (Policy.linear if recurrent else Policy.conv)(model.global_encoder.channels, map_size)
+            # The official classifier of type B has heads for five steps, whatever T.
+            feature_dim = model.global_encoder.feature_dim
+            full = RecurrentClassifier(feature_dim, 1000) if recurrent else ConcatClassifier(feature_dim, 1000, 5)
+            found[f"{name}_params"] = parameters(encoder(kind)) / 1e6
+        found[f"{name}_policy_params"] = parameters(policy) / 1e6
+        found[f"{name}_classifier_params"] = parameters(full) / 1e6
+        for t, cost in enumerate(step_costs(model, policy), 1):
+            found[f"{name}_step{t}"] = cost / 1e6
+    return Measured({name: metric(value) for name, value in (found | crops() | ppo_identities()).items()})
+
+
+def crops() -> dict[str, float]:
+    """Crops against slices over a grid of places, and where the card's four places start."""
+    rows = torch.arange(224.0)[:, None].expand(224, 224)
+    images = torch.stack([rows, rows.T, torch.randn(224, 224)])[None]
+    found, wrong = {}, 0
+    for name, place in {"mid": (0.5, 0.25), "edge": (0.999, 0.0), "end": (1.0, 1.0)}.items():
+        patch = crop(images, torch.tensor([place]), 96)[0]
+        found |= {f"crop_{name}_top": patch[0, 0, 0].item(), f"crop_{name}_left": patch[1, 0, 0].item()}
+    grid = torch.cartesian_prod(torch.linspace(0, 1, 33), torch.linspace(0, 1, 33))
+    for place, patch in zip(grid, crop(images.expand(len(grid), -1, -1, -1), grid, 96), strict=True):
+        top, left = (place * 128).floor().long().tolist()
+        wrong += not torch.equal(patch, images[0, :, top : top + 96, left : left + 96])
+    return found | {"crops_unequal": wrong}
+
+
+def ppo_identities() -> dict[str, float]:
+    """On a small untrained network: ratio, gradient, rewards and the sequence evaluated again, float64."""
+    torch.manual_seed(0)
+    model = GFNet("tiny", 10, patch=24, steps=4, hidden=32).eval().double()
+    policy = Policy.conv(64, 3, conv=8, hidden=16).double()
+    locator, images, y = Locator(policy, lambda B: torch.randn(B, 2).double()), torch.randn(32, 3, 72, 72).double(), 3
+    with torch.no_grad():
+        steps = model(images, locator)
+    label = torch.stack([s.logits.softmax(1)[:, y] for s in steps])
+    played, target = torch.stack(locator.log_probs), standardised(returns(rewards(label)))
+    again, values = replay(policy, locator.es, locator.locations)
+    weights = list(policy.parameters())
+    ppo = torch.autograd.grad(ppo_loss(again, played, values, target), weights, retain_graph=True)
+    plain = -((target - values.detach()) * again).mean() + 0.5 * (values - target).square().mean()
+    plain = torch.autograd.grad(plain, weights)
+    mean = torch.tensor([[0.3, 0.6]])
+    return {
+        "ratio_error": ((again - played).exp() - 1).abs().max().item(),
+        "replay_error": (again - played).abs().max().item(),
+        "gradient_error": max(((a - b).norm() / b.norm()).item() for a, b in zip(ppo, plain, strict=True)),
+        "telescoping_error": (rewards(label).sum(0) - (label[-1] - label[0])).abs().max().item(),
+        "log_prob_at_mean": log_prob(mean, mean).item(),
+        "entropy": ENTROPY,
+    }
+
+
+def exits(tier: str, job: Job) -> Measured:
+    """Share of the time, and of the mult-adds, that stopping early saves; crops at once against one slice an image."""
+    found, rows = {}, []
+    for batch in (256, 32, 1):
+        figures = early_exit_bench(batch, rounds=3, min_run_time=0.5, device=job.device)
+        found[f"b{batch}_images_s"] = figures["full_images_s"]
+        for p in BUDGETS:
+            row = {"batch": batch, "p": p, "mult_adds": figures[f"mult_adds_{p:g}"], "time": figures[f"time_{p:g}"]}
+            found |= {f"b{batch}_p{p:g}_{name}_saved": 1 - row[name] for name in ("mult_adds", "time")}
+            found[f"b{batch}_p{p:g}_images_s"] = figures[f"images_s_{p:g}"]
+            rows.append(row)
+    crop_figures = crop_bench(rounds=3, device=job.device)
+    found |= {f"crop_{name}": value for name, value in crop_figures.items()}
+    settings = {"encoder": "tiny", "size": 72, "patch": 24, "steps": 3, "threads": torch.get_num_threads()}
+    return Measured({name: metric(value) for name, value in found.items()}, config=settings, artifacts={"rows": rows})
+
+
+# ------------------------------------------------------------------------------------------------ trainings
+LOCATIONS = ("policy", "random", "centre")
+
+
+def config_name(tier: str, job: Job) -> str:
+    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
+
+
+def cheapest_as_good(curve: list[dict], accuracy: float) -> float:
+    """Least mean mult-adds of a budget curve with at least this accuracy; infinite where it has none."""
+    return min((point["mult_adds"] for point in curve if point["accuracy"] >= accuracy), default=float("inf"))
+
+
+def timed_budgets(checkpoint: str, job: Job, budgets: tuple[float, ...] = (0.3, 0.5, 0.75, 1, 1.5)) -> list[dict]:
+    """Budgeted prediction with the engine, in batches of 256 test images: {p, images_s, accuracy}; in turns."""
+    model, policy, settings, *_ = evaluate.trained_model(checkpoint)
+    model, policy = model.to(job.device), policy.to(job.device)
+    crops_of = evaluate.places("policy", job, "held_out", policy)
+    held = part(settings, job, "held_out").loader
+    held_out = confidence(evaluate.all_logits(settings, model, held, job.device, crops_of)[0])
+    batches = list(part(dataclasses.replace(settings, batch_size=256), job, "test").loader.epoch(0))
+    engines = {"all steps": GlanceFocusEngine(model, policy)}
+    for p in budgets:
+        engines[p] = GlanceFocusEngine(model, policy, thresholds(held_out, exit_fractions(p, model.steps)))
+    runs = {str(p): lambda engine=engine: [engine(x) for x, _ in batches] for p, engine in engines.items()}
+    times, samples = latency(runs, 0.1, 3), sum(len(y) for _, y in batches)
+    found = []
+    for p, engine in engines.items():
+        right = sum((engine(x)[0].argmax(1) == y).sum().item() for x, y in batches)
+        found.append({"p": p, "images_s": samples / times[str(p)].median, "accuracy": 100 * right / samples})
+    return found
+
+
+def bigger_patch(settings: train.Config, budget: float, classes: int) -> int:
+    """Side of the single glance that costs at least `budget` mult-adds: the first multiple of 2."""
+    patch = settings.patch
+    while True:
+        patch += 2
+        with torch.device("meta"):
+            model = GFNet(settings.encoder, classes, patch, steps=1, hidden=settings.hidden)
+        if step_costs(model)[0] >= budget:
+            return patch
+
+
+def canvas(tier: str, job: Job) -> Measured:
+    """Stages I to III; stage III also on random and on centre crops; a bigger single glance of the same mult-adds.
+
+    All encoders start from one that was trained on images which the object fills.
+    """
+    name, done, metrics, artifacts = config_name(tier, job), {}, {}, {}
+
+    def go(stage: str, script, config: str = name, **changed) -> None:
+        settings = load_config(script.Config, FOLDER, config, script.__name__.split(".")[-1], **changed)
+        done[stage] = script.run(settings, job.sub(stage))
+
+    def at(stage: str) -> str:
+        return str(job.work_dir / stage)
+
+    go("start", train, f"{name}-start")
+    go("stage1", train, global_weights=at("start"), local_weights=at("start"))
+    go("stage2", train_policy, checkpoint=at("stage1"))
+    go("ppo4", train_policy, checkpoint=at("stage1"), ppo_epochs=4)
+    for locations in LOCATIONS:
+        go(locations, finetune, checkpoint=at("stage2"), locations=locations)
+    for stage in ("stage1", "stage2", *LOCATIONS):
+        found = evaluate.run(evaluate.Config(at(stage)), job.sub(f"{stage}-evaluated"))
+        metrics |= {f"{stage}_{key}": value for key, value in found.metrics.items()}
+        artifacts[stage] = found.artifacts
+    metrics |= {f"ppo4_{key}": value for key, value in done["ppo4"].metrics.items()}
+    last, settings = done["policy"].metrics["last_step_accuracy"], load_config(train.Config, FOLDER, name, "train")
+    cost = artifacts["policy"]["step_mult_adds"][-1]
+    patch = bigger_patch(settings, cost, part(settings, job, "test").classes)
+    epochs = settings.epochs + load_config(finetune.Config, FOLDER, name, "finetune").epochs
+    go("bigger", train, steps=1, patch=patch, epochs=epochs, global_weights=at("start"))
+    found = evaluate.run(evaluate.Config(at("bigger")), job.sub("bigger-evaluated"))
+    metrics |= {f"bigger_{key}": value for key, value in found.metrics.items()} | {"bigger_patch": metric(patch)}
+    for slack in (0, 1):  # points that stopping early may cost
+        least = cheapest_as_good(artifacts["policy"]["budget_curve"], last["last"] - slack)
+        metrics[f"early_exit_mult_adds_{slack}"] = metric(min(least, float(cost)))
+    artifacts["policy"]["timed_budgets"] = timed_budgets(at("policy"), job)
+    seen = sum(done[stage].scale["steps"] * done[stage].scale["batch"] for stage in ("stage1", "stage2", "policy"))
+    return Measured(
+        metrics,
+        config={stage: found.config for stage, found in done.items()},
+        scale={**done["policy"].scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN))},
+        data=done["stage1"].data,
+        numerics=done["stage1"].numerics,
+        curve=[{"stage": stage, **line} for stage, found in done.items() for line in found.curve],
+        artifacts=artifacts,
+        weights_sha256=done["policy"].weights_sha256,
+    )
+
+
+def imagenet(config: str, budgets: tuple[str, ...], unit: float) -> Callable[[str, Job], Measured]:
+    """The glance network, then stages I to III of one backbone; in one process also the anytime and the budgeted curve.
+
+    budgets: mean mult-adds an image, in `unit`s, at which the budgeted curve is read off, "budgeted_<budget>".
+    """
+
+    def measure(tier: str, job: Job) -> Measured:
+        metrics, artifacts, done = {}, {}, {}
+
+        def go(stage: str, script, **changed) -> None:
+            settings = load_config(script.Config, FOLDER, config, script.__name__.split(".")[-1], **changed)
+            done[stage] = script.run(settings, job.sub(stage))
+
+        go("glance", train, steps=1, local_weights="")
+        go("stage1", train, global_weights=str(job.work_dir / "glance"))
+        go("stage2", train_policy, checkpoint=str(job.work_dir / "stage1"))
+        go("policy", finetune, checkpoint=str(job.work_dir / "stage2"))
+        metrics |= {f"{stage}_{key}": value for stage, found in done.items() for key, value in found.metrics.items()}
+        if job.world.size == 1:
+            found = evaluate.run(evaluate.Config(str(job.work_dir / "policy")), job.sub("evaluated"))
+            metrics |= {f"policy_{key}": value for key, value in found.metrics.items()}
+            artifacts = {"policy": found.artifacts}
+            curve = sorted((point["mult_adds"], point["accuracy"]) for point in found.artifacts["budget_curve"])
+            for budget in budgets:
+                at = float(np.interp(float(budget) * unit, *zip(*curve, strict=True)))
+                metrics[f"budgeted_{budget}"] = {"last": at, "n": found.metrics["last_step_accuracy"]["n"]}
+        return Measured(
+            metrics,
+            config={stage: found.config for stage, found in done.items()},
+            scale={**done["policy"].scale, "fraction": 1.0},
+            data=done["stage1"].data,
+            numerics=done["stage1"].numerics,
+            curve=[{"stage": stage, **line} for stage, found in done.items() for line in found.curve],
+            artifacts=artifacts,
+            weights_sha256=done["policy"].weights_sha256,
+        )
+
+    return measure
+
+
+IMAGENET = {"full": ("imagenet",)}
+EXPERIMENTS = {
+    "sizes": Experiment(sizes, ("quick",)),
+    "exits": Experiment(exits, ("quick",)),
+    "canvas": Experiment(canvas, ("quick",)),
+    "objects": Experiment(canvas, ("short",), {"short": ("cifar10",)}),
+    "imagenet-resnet": Experiment(imagenet("full", ("1.0", "2.0", "3.0"), 1e9), ("full",), IMAGENET),
+    "imagenet-densenet": Experiment(imagenet("full-densenet", ("1.0", "2.4"), 1e9), ("full",), IMAGENET),
+    "imagenet-regnet": Experiment(imagenet("full-regnet", ("300", "745"), 1e6), ("full",), IMAGENET),
+    "imagenet-mobilenet": Experiment(imagenet("full-mobilenet", ("80", "130", "188"), 1e6), ("full",), IMAGENET),
+    "imagenet-efficientnet": Experiment(
+        imagenet("full-efficientnet", ("0.36", "0.52", "0.75"), 1e9), ("full",), IMAGENET
+    ),
+}
+
+if __name__ == "__main__":
+    main(EXPERIMENTS, __file__)
