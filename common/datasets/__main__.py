@@ -11,7 +11,7 @@ from common.runtime import EXIT_BAD_INPUT
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__)
-    parser.add_argument("name", help="digits, cluttered_digits, cifar10, cifar100, mnist, imagenet, ...")
+    parser.add_argument("name", help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, ...")
     parser.add_argument("--root", type=Path, default=data_root(), help="data root (default: REPRO_DATA, else data)")
     parser.add_argument("--allow-partial", action="store_true", help="accept an incomplete imagenet")
     args = parser.parse_args(argv)

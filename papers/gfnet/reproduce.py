@@ -232,7 +232,8 @@ def imagenet(config: str, budgets: tuple[str, ...], unit: float) -> Callable[[st
             settings = load_config(script.Config, FOLDER, config, script.__name__.split(".")[-1], **changed)
             done[stage] = script.run(settings, job.sub(stage))
 
-        go("glance", train, steps=1, local_weights="")
+        start = load_config(train.Config, FOLDER, config, "train").local_weights
+        go("glance", train, steps=1, global_weights=start, local_weights="")  # f_G: the same weights, fine-tuned
         go("stage1", train, global_weights=str(job.work_dir / "glance"))
         go("stage2", train_policy, checkpoint=str(job.work_dir / "stage1"))
         go("policy", finetune, checkpoint=str(job.work_dir / "stage2"))
