@@ -32,7 +32,7 @@ def draw_anytime(record: dict, path: Path) -> None:
         costs = [v["last"] / 1e6 for k, v in sorted(record["metrics"].items()) if _is_step(k, arm, "mult_adds")]
         accuracies = [v["last"] for k, v in sorted(record["metrics"].items()) if _is_step(k, arm, "accuracy")]
         axes.plot(costs, accuracies, marker="o", ms=4, lw=1.2, color=colour, label=name)
-    curve = record["artifacts"]["policy"]["budget_curve"]
+    curve = record["artifacts"]["policy"]["by_budget"]
     points = sorted((point["mult_adds"] / 1e6, point["accuracy"]) for point in curve)
     axes.plot(*zip(*points, strict=True), lw=1.2, ls="--", color=ARMS["policy"][1], label="policy, stopping early")
     axes.set(xlabel="mult-adds an image, on average [M]", ylabel="accuracy [%]")

@@ -17,7 +17,7 @@ from common.results.records import Measured
 from common.results.reproduce import Experiment, main
 
 from . import evaluate, finetune, train, train_policy
-from .adaptive import confidence, exit_fractions, thresholds
+from .adaptive import budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
 from .bench import BUDGETS, crop_bench, early_exit_bench
 from .classifiers import ConcatClassifier, RecurrentClassifier
 from .cost import step_costs
@@ -25,6 +25,7 @@ from .crop import crop
 from .encoders import FAMILY, encoder
 from .engine import GlanceFocusEngine
 from .model import GFNet
+from .places import places
 from .policy import Locator, Policy
 from .ppo import ENTROPY, log_prob, ppo_loss, replay, returns, rewards, standardised
 
@@ -139,24 +140,34 @@ def cheapest_as_good(curve: list[dict], accuracy: float) -> float:
     return min((point["mult_adds"] for point in curve if point["accuracy"] >= accuracy), default=float("inf"))
 
 
-def timed_budgets(checkpoint: str, job: Job, budgets: tuple[float, ...] = (0.3, 0.5, 0.75, 1, 1.5)) -> list[dict]:
-    """Budgeted prediction with the engine, in batches of 256 test images: {p, images_s, accuracy}; in turns."""
+def early_exits(checkpoint: str, job: Job) -> tuple[list[dict], list[dict]]:
+    """What stopping early costs and gives, on the test images, by thresholds from the held-out ones.
+
+    First: {mult_adds, accuracy} at 40 budgets, up to all steps; second: {p, images_s, accuracy} of the engine, measured in
+    batches of 256, in turns.
+    """
     model, policy, settings, *_ = evaluate.trained_model(checkpoint)
     model, policy = model.to(job.device), policy.to(job.device)
-    crops_of = evaluate.places("policy", job, "held_out", policy)
-    held = part(settings, job, "held_out").loader
-    held_out = confidence(evaluate.all_logits(settings, model, held, job.device, crops_of)[0])
-    batches = list(part(dataclasses.replace(settings, batch_size=256), job, "test").loader.epoch(0))
+    held, tests = (part(dataclasses.replace(settings, batch_size=256), job, which) for which in ("held_out", "test"))
+    crops_of = places("policy", job, "test", policy)
+    held_out = confidence(evaluate.all_logits(settings, model, held.loader, job.device, crops_of)[0])
+    logits, labels = evaluate.all_logits(settings, model, tests.loader, job.device, crops_of)
+    costs, curve = step_costs(model, policy), []
+    for budget in np.linspace(costs[0], costs[-1], 40):
+        chosen, _, _ = thresholds_for_budget(held_out, costs, float(budget))
+        found = budgeted(logits, labels, chosen, costs)
+        curve.append({"mult_adds": round(found.cost), "accuracy": found.accuracy})
+
     engines = {"all steps": GlanceFocusEngine(model, policy)}
-    for p in budgets:
+    for p in (0.5, 1, 2, 4, 8):
         engines[p] = GlanceFocusEngine(model, policy, thresholds(held_out, exit_fractions(p, model.steps)))
-    runs = {str(p): lambda engine=engine: [engine(x) for x, _ in batches] for p, engine in engines.items()}
-    times, samples = latency(runs, 0.1, 3), sum(len(y) for _, y in batches)
-    found = []
+    batches, timed = list(tests.loader.epoch(0)), []
+    times = latency({str(p): lambda e=e: [e(x) for x, _ in batches] for p, e in engines.items()}, 0.1, 3)
     for p, engine in engines.items():
         right = sum((engine(x)[0].argmax(1) == y).sum().item() for x, y in batches)
-        found.append({"p": p, "images_s": samples / times[str(p)].median, "accuracy": 100 * right / samples})
-    return found
+        speed = tests.samples / times[str(p)].median
+        timed.append({"p": p, "images_s": speed, "accuracy": 100 * right / tests.samples})
+    return curve, timed
 
 
 def bigger_patch(settings: train.Config, budget: float, classes: int) -> int:
@@ -195,17 +206,17 @@ def canvas(tier: str, job: Job) -> Measured:
         metrics |= {f"{stage}_{key}": value for key, value in found.metrics.items()}
         artifacts[stage] = found.artifacts
     metrics |= {f"ppo4_{key}": value for key, value in done["ppo4"].metrics.items()}
-    last, settings = done["policy"].metrics["last_step_accuracy"], load_config(train.Config, FOLDER, name, "train")
+    settings = load_config(train.Config, FOLDER, name, "train")
     cost = artifacts["policy"]["step_mult_adds"][-1]
     patch = bigger_patch(settings, cost, part(settings, job, "test").classes)
     epochs = settings.epochs + load_config(finetune.Config, FOLDER, name, "finetune").epochs
     go("bigger", train, steps=1, patch=patch, epochs=epochs, global_weights=at("start"))
     found = evaluate.run(evaluate.Config(at("bigger")), job.sub("bigger-evaluated"))
     metrics |= {f"bigger_{key}": value for key, value in found.metrics.items()} | {"bigger_patch": metric(patch)}
+    curve, timed = early_exits(at("policy"), job)
     for slack in (0, 1):  # points that stopping early may cost
-        least = cheapest_as_good(artifacts["policy"]["budget_curve"], last["last"] - slack)
-        metrics[f"early_exit_mult_adds_{slack}"] = metric(min(least, float(cost)))
-    artifacts["policy"]["timed_budgets"] = timed_budgets(at("policy"), job)
+        metrics[f"early_exit_mult_adds_{slack}"] = metric(cheapest_as_good(curve, curve[-1]["accuracy"] - slack))
+    artifacts["policy"] |= {"by_budget": curve, "timed_budgets": timed}
     seen = sum(done[stage].scale["steps"] * done[stage].scale["batch"] for stage in ("stage1", "stage2", "policy"))
     return Measured(
         metrics,

@@ -11,7 +11,8 @@ import torch
 from common import cli, runtime
 from common.checkpoints import checkpoints
 from common.errors import UserError
-from papers.gfnet import evaluate, finetune, places, train, train_policy
+from common.results.claims import load_paper
+from papers.gfnet import evaluate, finetune, places, reproduce, train, train_policy
 from papers.gfnet.encoders import FAMILY
 from papers.gfnet.losses import sequence_loss
 from papers.gfnet.model import Step
@@ -384,6 +385,39 @@ def test_full_configs_are_the_papers_recipes(name):
     assert (three.epochs, three.lr, three.classifier_lr, three.locations) == (epochs, lr, 0.01, "policy")
     assert cli.load_config(evaluate.Config, FOLDER, name, "evaluate").locations == "auto"
     assert FAMILY[encoder] == ("concat" if own_weight == 5 else "recurrent"), "MobileNetV3 and EfficientNet: f_G rests"
+
+
+def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(job, tmp_path, monkeypatch):
+    """Also: the bigger glance costs at least what the sequence costs, and all encoders start from the same one."""
+    made = {
+        "train": (train.Config, TINY),
+        "train_policy": (train_policy.Config, TINY_2),
+        "finetune": (finetune.Config, TINY_3),
+    }
+
+    def settings(config, folder, name, section, **changed):
+        start = {"steps": 1} if name.endswith("-start") else {}
+        return made[section][0](**made[section][1] | start | changed)
+
+    monkeypatch.setattr(reproduce, "load_config", settings)
+    canvas = reproduce.EXPERIMENTS["canvas"].measure("quick", job(tmp_path / "canvas"))
+    whole = reproduce.EXPERIMENTS["imagenet-densenet"].measure("full", job(tmp_path / "imagenet"))
+    metrics, configs = canvas.metrics, canvas.config
+    assert metrics["bigger_step1_mult_adds"]["last"] >= metrics["policy_step3_mult_adds"]["last"]
+    assert metrics["bigger_patch"]["last"] == configs["bigger"]["patch"] > 8
+    assert {configs[s]["global_weights"] for s in ("stage1", "bigger")} == {str(tmp_path / "canvas" / "start")}
+    assert len(canvas.artifacts["policy"]["timed_budgets"]) == 6
+    found = {"canvas": set(metrics), "objects": set(metrics), "imagenet-densenet": set(whole.metrics)}
+    for claim in load_paper(FOLDER).claims:
+        if claim.run and claim.run.experiment in found:
+            needed = {claim.metric.name, claim.against} - {None}
+            needed -= {f"policy_step{t}_accuracy" for t in (4, 5)}  # of five steps there, three here
+            assert needed <= found[claim.run.experiment], claim.id
+
+
+def test_cheapest_budget_that_is_as_good():
+    curve = [{"mult_adds": c, "accuracy": a} for c, a in ((1, 50.0), (2, 61.0), (3, 60.0), (4, 62.0))]
+    assert [reproduce.cheapest_as_good(curve, a) for a in (50, 60, 61.5, 63)] == [1, 2, 4, float("inf")]
 
 
 def test_optimiser_is_nesterovs_and_both_rates_follow_a_cosine(job, tmp_path, monkeypatch):
