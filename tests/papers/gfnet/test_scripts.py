@@ -485,7 +485,7 @@ DIGITS = "dataset=cluttered_digits train_images=128 held_out=20 encoder=tiny pat
     [
         (train, f"{DIGITS} encoder=vgg", "unknown encoder 'vgg', expected one of resnet50"),
         (train, f"{DIGITS} steps=0", "steps=0, hidden=1024: expected at least 1 of each"),
-        (train, f"{DIGITS} patch=40", "patch 40 does not fit images of 32 pixels; make it smaller"),
+        (train, f"{DIGITS} patch=40 local_weights=''", "patch 40 does not fit images of 32 pixels; make it smaller"),
         (train, f"{DIGITS} patch=4", "patch 4: tiny needs at least 8"),
         (train, f"{DIGITS} global_weights=no.pth", r"no.pth does not open as a file of weights"),
         (
