@@ -32,7 +32,10 @@ def draw_accuracy(records: list[dict], path: Path) -> None:
         found = [r["metrics"] for r in records if f"{arm}_mult_adds" in r["metrics"]]
         points = [(m[f"{arm}_mult_adds"]["last"] / 1e6, m[f"{arm}_accuracy"]["last"]) for m in found]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=18, color=colour, label=name)
+            marker = "x" if arm == "static" else "o"  # often the same subset as another baseline
+            axes.scatter(
+                *zip(*points, strict=True), s=18, color=colour, marker=marker, label=name, zorder=2 + (marker == "x")
+            )
     axes.set(xlabel="mult-adds an image, policy network included [M]", ylabel="accuracy [%]")
     axes.legend(fontsize=7)
     save(figure, path)
