@@ -125,6 +125,13 @@ def test_imports_follow_the_arrows(slug):
                 assert name.split(".")[0] in known, f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("slug", SLUGS)
+def test_no_export_hides_a_script_of_its_folder(slug):
+    """`from . import evaluate` would take a function of that name that __init__ exports, not the script."""
+    exported = set(getattr(import_module(f"papers.{slug}"), "__all__", ()))
+    assert not exported & {name.split(".")[2] for name in SCRIPTS if name.split(".")[1] == slug}
+
+
 def test_common_imports_no_paper():
     for path in (ROOT / "common").rglob("*.py"):
         assert not {n for n in imported(path) if n.split(".")[0] == "papers"}, path
