@@ -3,6 +3,7 @@
 Nothing here owns a loop. A script reads top to bottom; it calls these functions where it needs them.
 """
 
+import atexit
 import hashlib
 import os
 import random
@@ -81,7 +82,14 @@ def set_up_world(device: str = "auto") -> World:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(_leave_world)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _leave_world() -> None:
+    """At exit: gloo's threads hold the tensors of the last call for a while, and abort once the interpreter is gone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def average_gradients(gradients) -> None:

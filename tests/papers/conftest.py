@@ -73,10 +73,14 @@ def survives_kills(tmp_path):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(code): runs it on two CPU ranks in tmp_path; returns its output, fails with its errors."""
+    """torchrun(code): runs it on two CPU ranks in tmp_path; returns its output, fails with its errors.
+
+    The code becomes the body of a function: a DDP module that outlived it would keep the process group at exit.
+    """
 
     def run(code: str) -> str:
-        (tmp_path / "ranks.py").write_text(textwrap.dedent(code))
+        body = textwrap.indent(textwrap.dedent(code), "    ")
+        (tmp_path / "ranks.py").write_text(f"def main():\n{body}\nmain()\n")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "ranks.py")]
         done = subprocess.run(
             [sys.executable, *launch], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200

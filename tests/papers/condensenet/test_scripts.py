@@ -141,7 +141,6 @@ def test_two_ranks_share_the_batch_and_end_with_the_same_weights(torchrun):
         torch.manual_seed(world.rank)
         found = train.run(config, Job(0, world, Path("work"), Path("data")))
         print(f"rank {{world.rank}}: {{found.weights_sha256}} {{found.scale['steps']}} end", flush=True)
-        torch.distributed.destroy_process_group()
         """
     )
     ends = re.findall(r"rank (\d): (\S+) (\d+) end", out)

@@ -350,7 +350,6 @@ def test_two_ranks_share_the_batch_and_end_with_the_same_weights(torchrun):
             name = script.__name__.split(".")[-1]
             found = script.run(config, Job(0, world, Path(name), Path("data")))
             print(f"{{name}} rank {{world.rank}}: {{found.weights_sha256}} {{found.scale['steps']}} end", flush=True)
-        torch.distributed.destroy_process_group()
         """
     )
     ends = re.findall(r"(\w+) rank (\d): (\S+) (\d+) end", out)
