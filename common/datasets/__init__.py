@@ -1,4 +1,7 @@
-"""Small image sets by name, as plain tensors. `python -m common.datasets NAME` gets a set and checks it."""
+"""Small image sets by name, as plain tensors. `python -m common.datasets NAME` gets a set and checks it.
+
+Sets with boxes are opened by `common.datasets.detection`, ImageNet by `common.datasets.imagenet`.
+"""
 
 import difflib
 import functools
@@ -69,13 +72,17 @@ def _generate(name: str, split: str, root: Path, **options) -> Images:
 def prepare(name: str, root: Path | None = None) -> None:
     """The step behind `make data DATASET=<name>`: fetch or find, verify, convert. Does nothing that is already done.
 
-    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` the tree is only checked.
+    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` and of sets with boxes it is
+    only checked that they are there.
     """
-    from common.datasets import imagenet, official  # need torchvision; loading a small set does not
+    from common.datasets import detection, imagenet, official  # need torchvision; loading a small set does not
 
     root = Path(root or data_root())
     if name == "imagenet":
         imagenet.check(root)
+        return
+    if detection.is_set(name, root):
+        detection.splits(name, root)
         return
     require_known(name, root)
     name = GENERATED.get(name, name)
@@ -92,6 +99,17 @@ def require_known(name: str, root: Path) -> None:
         )
     names = known(root)
     if name not in names:
+        from common.datasets import detection  # here: it imports this package
+
+        if detection.is_set(name, root):
+            raise UserError(
+                f"{name} is a set with boxes; expected one of {', '.join(names)}; open it with "
+                "common.datasets.detection.load"
+            )
         closest = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {closest[0]}?" if closest else f"or put {root / name}/{{train,test}}.npz there"
+        hint = (
+            f"did you mean {closest[0]}?"
+            if closest
+            else f"or put {root / name}/{{train,test}}.npz there, or a set with boxes"
+        )
         raise UserError(f"unknown dataset {name!r}; expected one of {', '.join(names)}; {hint}")

@@ -4,14 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.datasets import EMBEDDED, data_root, load, prepare, splits
+from common.datasets import EMBEDDED, data_root, detection, load, prepare, splits
 from common.errors import UserError
 from common.runtime import EXIT_BAD_INPUT
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__)
-    parser.add_argument("name", help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, ...")
+    parser.add_argument(
+        "name",
+        help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, digit_scenes, coco, bccd...",
+    )
     parser.add_argument("--root", type=Path, default=data_root(), help="data root (default: REPRO_DATA, else data)")
     parser.add_argument("--allow-partial", action="store_true", help="accept an incomplete imagenet")
     args = parser.parse_args(argv)
@@ -28,6 +31,11 @@ def report(name: str, root: Path, allow_partial: bool) -> None:
         from common.datasets import imagenet
 
         print(imagenet.check(root, allow_partial))
+        return
+    if detection.is_set(name, root):
+        if name == detection.SCENES:
+            print(f"{name} is embedded: nothing to fetch")
+        print("\n".join(detection.describe(name, root)))
         return
     prepare(name, root)
     if name in EMBEDDED:
