@@ -20,7 +20,7 @@ from common.metrics.compute import saved_bytes
 from common.runtime import select_device
 
 from . import pooling
-from .kernels.bench import cummax_pool, kernel_bench, kernel_table
+from .kernels.bench import cummax_pool, kernel_bench, table
 from .losses import detection_loss
 from .model import CenterNet, Output, centernet
 from .targets import Targets, render_targets
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     with exit_codes():
         device = select_device(args.device).type
-        print(kernel_table(kernel_bench(device)))
+        print(table(kernel_bench(device)))
         for name, value in (step_bench(device, args.side, args.batch, args.rounds) | memory_bench()).items():
             print(f"{name:>16}{value:12.3f}")
 

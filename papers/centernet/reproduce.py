@@ -17,7 +17,7 @@ from . import evaluate, train
 from .bench import memory_bench, step_bench
 from .decode import central_region, pair, peaks, require_center
 from .kernels import center_pool, corner_pool
-from .kernels.bench import kernel_bench
+from .kernels.bench import SHAPES, kernel_bench
 from .losses import offset_loss, pull_push
 from .model import CenterNet, Output, centernet
 from .targets import gaussian_radius, render_targets
@@ -88,12 +88,15 @@ def forms() -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------------ speed and memory
 def pools(tier: str, job: Job) -> Measured:
-    """The pools against torch.cummax and the official loop over rows: milliseconds, summed over the four corner pools."""
+    """The pools at one image's size against torch.cummax and the official loop over rows: milliseconds, corners added up."""
     rows = kernel_bench(job.device.type, quick=True)
     found: dict[str, float] = {}
     for row in rows:
-        name = f"{'center' if row['pool'] == 'center' else 'corners'}_{row['impl']}_{row['mode']}_ms"
-        found[name] = found.get(name, 0.0) + row["ms"]
+        if row["shape"] == SHAPES[0]:
+            ours = row["impl"] in ("torch", "triton")
+            impl = "ours" if ours else row["impl"].replace(" ", "_")
+            name = f"{'center' if row['op'] == 'center' else 'corners'}_{impl}_{row['mode']}_ms"
+            found[name] = found.get(name, 0.0) + row["ms"]
     threads = {"threads": torch.get_num_threads()}
     return Measured({name: metric(ms) for name, ms in found.items()}, config=threads, artifacts={"rows": rows})
 

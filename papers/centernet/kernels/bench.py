@@ -1,4 +1,4 @@
-"""The pools: torch.cummax, the official loop over rows, torch.compile of the loop, and ours; forward, and with backward.
+"""The pools: through torch.cummax, as the official loop over rows, torch.compile of that, ours; forward, and with backward.
 
 python -m papers.centernet.kernels.bench [--device cuda] [--quick]; needs torch alone, like the kernels.
 """
@@ -7,6 +7,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from . import center_pool, corner_pool, reference
 from .reference import AXIS, REVERSE
 
-# (B, C, H, W): one image of 511 x 511 pixels, a rank's batch of the paper, a small network's batch.
-SHAPES = ((1, 128, 128, 128), (6, 128, 128, 128), (8, 16, 32, 32))
-POOLS = (*AXIS, "center")
+# (B, C, H, W): one image of 511 x 511 pixels, a small network's batch, a rank's batch of the paper.
+SHAPES = ((1, 128, 128, 128), (8, 16, 32, 32), (6, 128, 128, 128))
+OPS = (*AXIS, "center")
 
 
 def cummax_pool(x: Tensor, direction: str) -> Tensor:
@@ -27,70 +28,101 @@ def cummax_pool(x: Tensor, direction: str) -> Tensor:
     return x.cummax(axis).values
 
 
-def loop_pool(x: Tensor, direction: str) -> Tensor:
-    """A corner pool as the official extension runs it: one maximum a row, written into the result."""
-    rows = x.clone().unbind(AXIS[direction])
-    rows = list(rows[::-1] if REVERSE[direction] else rows)
+class RowLoop(torch.autograd.Function):
+    """A corner pool as the official extension runs it: a call for every row forward, and several for every row backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, direction: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.direction = direction
+        y = x.clone()
+        rows = _in_order(y, direction)
+        for before, row in pairwise(rows):
+            torch.maximum(before, row, out=row)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        axis, out = AXIS[ctx.direction], torch.zeros_like(x)
+        order = range(x.shape[axis])[:: -1 if REVERSE[ctx.direction] else 1]
+        best = x.narrow(axis, order[0], 1) if order else x
+        place = torch.full_like(best, order[0] if order else 0, dtype=torch.int64)
+        for i in order:
+            row = x.narrow(axis, i, 1)
+            new = row > best
+            best, place = torch.where(new, row, best), torch.where(new, i, place)
+            out.scatter_add_(axis, place, grad.narrow(axis, i, 1))
+        return out, None
+
+
+def _in_order(x: Tensor, direction: str) -> tuple[Tensor, ...]:
+    """The rows of x in the order of the scan."""
+    return x.unbind(AXIS[direction])[:: -1 if REVERSE[direction] else 1]
+
+
+def compiled_loop(x: Tensor, direction: str) -> Tensor:
+    """The loop in plain torch, for torch.compile."""
+    rows = list(_in_order(x, direction))
     for i in range(1, len(rows)):
         rows[i] = torch.maximum(rows[i - 1], rows[i])
-    return torch.stack(rows[::-1] if REVERSE[direction] else rows, AXIS[direction])
+    return torch.stack(rows[:: -1 if REVERSE[direction] else 1], AXIS[direction])
 
 
-def _pool(corner: Callable, name: str, x: Tensor) -> Tensor:
-    """`name` of POOLS from a corner pool; center pooling as four scans, as in the official code."""
-    if name == "center":
+def _by_scans(corner: Callable, op: str, x: Tensor) -> Tensor:
+    """An op from a corner pool: center pooling is four scans, as in the official code."""
+    if op == "center":
         return corner(corner(x, "top"), "bottom") + corner(corner(x, "left"), "right")
-    return corner(x, name)
+    return corner(x, op)
 
 
-def _ours(name: str, x: Tensor, impl: str = "auto") -> Tensor:
-    return center_pool(x, x, impl) if name == "center" else corner_pool(x, name, impl)
-
-
-def _gate(name: str, op: Callable, pool: str, x: Tensor) -> None:
-    """Raise unless the output is that of the definition, bit for bit (compiled too: a maximum does not round)."""
-    expected = reference.center_pool(x, x) if pool == "center" else reference.corner_pool(x, pool)
-    if not torch.equal(op(x), expected):
-        raise RuntimeError(f"{name} of {pool} pooling differs from the definition")
+def _ours(op: str, impl: str, x: Tensor) -> Tensor:
+    return center_pool(x, x, impl) if op == "center" else corner_pool(x, op, impl)
 
 
 def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Rows {pool, impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, speedup over the loop}, gated first.
+    """Rows {op, impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, over_cummax, over_row_loop}, gated first.
 
-    GB/s counts what must move: forward a read and a write of the map, training twice that (center pooling reads two maps
-    and writes two gradients); `of_copy` divides it by what a large copy reaches on this device. Timings of a pool and mode
-    take turns. `quick`: the first shape, without torch.compile. On the CPU there is no Triton row. ValueError: no such device.
+    GB/s counts what must move: forward a read and a write of the map, training twice that (center pooling: two maps are
+    read, and two gradients written); `of_copy` divides it by what a large copy reaches on this device. over_*: how many
+    times faster. Timings of an op and mode take turns. On the CPU there is no Triton row; `quick`: two shapes, without
+    torch.compile. ValueError: no such device.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {device!r}: expected cpu, or cuda on a machine that has it")
     cuda, rows = device == "cuda", []
     ceiling = _copy_bandwidth(device)
-    for shape in SHAPES[:1] if quick else SHAPES:
+    for shape in SHAPES[:2] if quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
             x = torch.randn(shape, device=device, dtype=dtype)
-            for pool in POOLS:
-                ops = {"loop": partial(_pool, loop_pool, pool), "cummax": partial(_pool, cummax_pool, pool)}
-                ops["ours"] = partial(_ours, pool)
+            for op in OPS:
+                calls = {"cummax": partial(_by_scans, lambda x, d: cummax_pool(x, d), op)}
+                calls["row loop"] = partial(_by_scans, RowLoop.apply, op)
+                calls["triton" if cuda else "torch"] = partial(_ours, op, "auto")
                 if not quick:
-                    ops |= _compiled(ops["loop"], x)
-                for name, op in ops.items():
-                    _gate(name, op, pool, x)
-                maps = 3 if pool == "center" else 2
+                    calls |= _compiled(partial(_by_scans, compiled_loop, op), x)
+                expected = _by_scans(reference.corner_pool, op, x)
+                for name, call in calls.items():
+                    if not torch.equal(call(x), expected):  # a maximum does not round
+                        raise RuntimeError(f"{name} differs from the definition of {op}")
+                maps = 3 if op == "center" else 2
                 for mode, moved in (("forward", maps), ("training", 2 * maps)):
-                    calls = {name: partial(_step, op, x, mode == "training") for name, op in ops.items()}
-                    times = _interleaved(calls, cuda, 3)
+                    steps = {name: partial(_step, call, x, mode == "training") for name, call in calls.items()}
+                    times = _interleaved(steps, cuda, 3)
                     for name, ms in times.items():
                         gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
-                        row = {"pool": pool, "impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": shape}
+                        row = {"op": op, "impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": shape}
                         row |= {"ms": ms, "gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling}
-                        rows.append(row | {"speedup": times["loop"] / ms})
+                        rows.append(
+                            row | {"over_cummax": times["cummax"] / ms, "over_row_loop": times["row loop"] / ms}
+                        )
     return rows
 
 
-def _compiled(op: Callable, x: Tensor) -> dict[str, Callable]:
+def _compiled(call: Callable, x: Tensor) -> dict[str, Callable]:
     torch._dynamo.reset()
     # named, or compiled code cached by a run of another number of threads is taken
-    compiled = torch.compile(op, options={"cpp.threads": torch.get_num_threads()})
+    compiled = torch.compile(call, options={"cpp.threads": torch.get_num_threads()})
     try:
         compiled(x)
     except Exception as error:  # a machine without a C++ compiler; the bench must print the other rows
@@ -99,12 +131,12 @@ def _compiled(op: Callable, x: Tensor) -> dict[str, Callable]:
     return {"compiled": compiled}
 
 
-def _step(op: Callable, x: Tensor, training: bool) -> Tensor:
+def _step(call: Callable, x: Tensor, training: bool) -> Tensor:
     if not training:
-        with torch.inference_mode():
-            return op(x)
+        with torch.no_grad():
+            return call(x)
     leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(op(leaf), leaf, x)[0]
+    return torch.autograd.grad(call(leaf), leaf, x)[0]
 
 
 def _copy_bandwidth(device: str) -> float:
@@ -127,17 +159,18 @@ def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[st
                 from torch.utils.benchmark import Timer
 
                 timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.1).median)
+                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.05).median)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def kernel_table(rows: list[dict]) -> str:
-    lines = [
-        f"{'B, C, H, W':20}{'dtype':10}{'pool':8}{'mode':10}{'impl':10}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x loop':>8}"
-    ]
+def table(rows: list[dict]) -> str:
+    head = f"{'B, C, H, W':20}{'dtype':10}{'op':8}{'mode':10}{'impl':10}"
+    lines = [f"{head}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x cummax':>10}{'x row loop':>12}"]
     for r in rows:
-        head = f"{', '.join(map(str, r['shape'])):20}{r['dtype']:10}{r['pool']:8}{r['mode']:10}{r['impl']:10}"
-        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.2f}{r['of_copy']:9.2f}{r['speedup']:8.2f}")
+        head = f"{', '.join(map(str, r['shape'])):20}{r['dtype']:10}{r['op']:8}{r['mode']:10}{r['impl']:10}"
+        lines.append(
+            f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.2f}{r['of_copy']:9.2f}{r['over_cummax']:10.2f}{r['over_row_loop']:12.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -146,4 +179,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    print(kernel_table(kernel_bench(args.device, args.quick)))
+    print(table(kernel_bench(args.device, args.quick)))
