@@ -86,7 +86,8 @@ def _define() -> tuple:
         corner.register_fake(_corner_shapes)
         corner_backward.register_fake(lambda grad, kept, reverse, impl: torch.empty_like(grad.contiguous()))
         center.register_fake(_center_shapes)
-        center_backward.register_fake(lambda grad, *_: (torch.empty_like(grad.contiguous()),) * 2)
+        # two tensors, not one twice: torch.compile would give both maps the same gradient
+        center_backward.register_fake(lambda grad, *_: tuple(torch.empty_like(grad.contiguous()) for _ in range(2)))
 
         def keep_corner(ctx, inputs, output):
             _, ctx.reverse, _, ctx.impl = inputs
