@@ -1,4 +1,4 @@
-"""A training step of Hourglass-52 before and after: time, and what it keeps for the backward pass. Then the pools alone.
+"""The pools alone; a training step of Hourglass-52 before and after: time, and what it keeps for backward; the loading of images.
 
     python -m papers.centernet.bench [--device auto|cpu|cuda] [--side 127] [--batch 2] [--rounds 5]
 
@@ -9,17 +9,23 @@ loss; sides take turns, a ratio is the median over rounds.
 
 import argparse
 import statistics
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.io import write_jpeg
+from torchvision.transforms.v2.functional import resize
 
 from common.cli import exit_codes
+from common.datasets.pictures import read_picture
 from common.metrics.compute import saved_bytes
 from common.runtime import select_device
 
 from . import pooling
+from .augment import random_crop
 from .kernels.bench import cummax_pool, kernel_bench, table
 from .losses import detection_loss
 from .model import CenterNet, Output, centernet
@@ -128,6 +134,24 @@ def memory_bench(side: int = 511) -> dict[str, float]:
     return found
 
 
+def loading_bench(side: int = 511, images: int = 16) -> dict[str, float]:
+    """{"crops_per_second"}: JPEG files of 640 x 480 pixels, decoded and cropped by one process on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        coarse = torch.randint(256, (3, 24, 32), dtype=torch.uint8)
+        picture = resize(coarse, [480, 640], antialias=True)
+        files = [Path(folder) / f"{i}.jpg" for i in range(images)]
+        for file in files:
+            write_jpeg(picture, str(file), quality=90)
+        start = time.perf_counter()
+        for file in files:
+            random_crop(read_picture(file, 480, 640), torch.zeros(8, 4), side, [0.6, 0.8, 1.0, 1.2])
+        seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return {"crops_per_second": images / seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -138,7 +162,8 @@ def main() -> None:
     with exit_codes():
         device = select_device(args.device).type
         print(table(kernel_bench(device)))
-        for name, value in (step_bench(device, args.side, args.batch, args.rounds) | memory_bench()).items():
+        found = step_bench(device, args.side, args.batch, args.rounds) | memory_bench() | loading_bench()
+        for name, value in found.items():
             print(f"{name:>16}{value:12.3f}")
 
 

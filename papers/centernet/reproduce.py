@@ -14,7 +14,7 @@ from common.results.records import Measured
 from common.results.reproduce import Experiment, main
 
 from . import evaluate, train
-from .bench import memory_bench, step_bench
+from .bench import loading_bench, memory_bench, step_bench
 from .decode import central_region, pair, peaks, require_center
 from .kernels import center_pool, corner_pool
 from .kernels.bench import SHAPES, kernel_bench
@@ -103,7 +103,7 @@ def pools(tier: str, job: Job) -> Measured:
 
 def step(tier: str, job: Job) -> Measured:
     """A training step of Hourglass-52 with the official code's pools and dense heads, and with ours; what it keeps."""
-    found = step_bench(job.device.type, rounds=2) | memory_bench()
+    found = step_bench(job.device.type, rounds=2) | memory_bench() | loading_bench()
     return Measured({name: metric(v) for name, v in found.items()}, config={"threads": torch.get_num_threads()})
 
 

@@ -210,10 +210,16 @@ def run(config: Config, job: Job) -> Measured:
 
     if unreadable:
         print(f"{unreadable} times an image did not open and another took its place", flush=True)
+    seconds = progress.seconds
     runtime.broadcast_from_main(model.buffers())
     metrics, artifacts = measured(model, tests, config.settings(), config.test_batch, job.world, config.amp)
+    speed = {
+        "train_seconds": round(seconds, 2),
+        "images_per_second": round(progress.step * config.batch_size / seconds, 2),
+    }
+    counts = speed | {"unreadable": unreadable}
     return Measured(
-        metrics=metrics | {"train_seconds": {"last": round(progress.seconds, 2)}, "unreadable": {"last": unreadable}},
+        metrics=metrics | {name: {"last": value} for name, value in counts.items()},
         config=dataclasses.asdict(config),
         scale={"steps": progress.step, "batch": config.batch_size},
         data={f"{one.name}/{one.split}": one.digest for one in (data, tests)},
