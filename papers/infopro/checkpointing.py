@@ -23,15 +23,19 @@ def _statistics_rest(units: list[nn.Module]):
             m.momentum, m.num_batches_tracked = momentum, count
 
 
+def require_segments(network: ResNet, segments: int) -> None:
+    if not 1 <= segments <= len(network.units):
+        raise ValueError(f"{segments} segments, expected 1 to {len(network.units)}, the units of the network")
+
+
 def checkpointed(network: ResNet, images: Tensor, segments: int) -> Tensor:
     """network(images) of which only `segments` segments' inputs are kept: same logits, gradients and buffers, bit for bit.
 
     segments: of equal numbers of units, 1 to all of them; about the square root of their number keeps least. ValueError
     else. The last segment is kept whole: its backward pass comes first.
     """
+    require_segments(network, segments)
     units = network.units
-    if not 1 <= segments <= len(units):
-        raise ValueError(f"{segments} segments, expected 1 to {len(units)}, the units of the network")
     bounds = [round(i * len(units) / segments) for i in range(segments + 1)]
     x = images
     for start, stop in pairwise(bounds[:-1]):

@@ -1,7 +1,7 @@
 """Gradient-isolated local modules: InfoPro, and with other losses greedy supervised learning and DGL (sections 3 and 4).
 
 model = InfoPro(network, cuts, decoder=Decoder, head=lambda c: head("1c2f", c, 128), lambda1=(5, 5), lambda2=(0, 0.1))
-losses = model.backward(images, pixels, labels)  # every module's gradients; then one optimiser step over all
+losses, _ = model.backward(images, pixels, labels)  # every module's gradients; then one optimiser step over all
 logits = model(images)  # the network alone, which no cut has changed
 """
 
@@ -83,33 +83,34 @@ class InfoPro(nn.Module):
             loss = loss + self.lambda2[k] * LOSSES[self.loss](self.heads[str(k)](h), labels)
         return h.detach(), loss
 
-    def backward(self, images: Tensor, pixels: Tensor, labels: Tensor, amp: bool = False) -> Tensor:
-        """Simultaneous training: adds every module's gradient to .grad; returns the K losses (K,), detached.
+    def backward(
+        self, x: Tensor, pixels: Tensor, labels: Tensor, amp: bool = False, modules: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Simultaneous training: adds every module's gradient to .grad. Returns the K losses (K,) and the logits, detached.
 
         The backward pass of a module runs, and frees its graph, before the next module starts: at no time is there more
         than one module's graph. amp: bfloat16 autocast.
+        modules: some in a row alone, such as range(1, 3); x is then what comes before them, and for the logits comes what
+        they put out.
         """
-        h, losses = images, []
-        for k in range(self.K):
-            with autocast(images.device, amp):
-                h, loss = self.local_loss(k, h, pixels, labels)
+        losses = []
+        for k in range(self.K) if modules is None else modules:
+            with autocast(x.device, amp):
+                x, loss = self.local_loss(k, x, pixels, labels)
             if loss.requires_grad:  # not where both lambdas are 0
                 loss.backward()
             losses.append(loss.detach())
             del loss
-        return torch.stack(losses).float()
+        return torch.stack(losses).float(), x
 
     def backward_of(self, k: int, images: Tensor, pixels: Tensor, labels: Tensor, amp: bool = False) -> Tensor:
-        """Asynchronous training: adds module k's gradient alone, of the modules before as they are; returns (1,).
+        """Asynchronous training: module k's gradient alone, on what those before make of the images; its loss (1,).
 
         `train_only(k)` says how those before behave.
         """
-        with autocast(images.device, amp):
-            with torch.no_grad():
-                h = self.network.run(images, 0, self.bounds[k])
-            _, loss = self.local_loss(k, h, pixels, labels)
-        loss.backward()
-        return loss.detach()[None].float()
+        with torch.no_grad(), autocast(images.device, amp):
+            h = self.network.run(images, 0, self.bounds[k])
+        return self.backward(h, pixels, labels, amp, (k,))[0]
 
     def train_only(self, k: int) -> None:
         """Train mode for module k; those before, trained already, in the form of the test: running statistics, and still."""

@@ -28,7 +28,7 @@ from common.metrics.accuracy import topk_correct
 from common.results.records import Measured
 
 from .auxiliary import Decoder, ImageNetDecoder, head, imagenet_head
-from .checkpointing import checkpointed
+from .checkpointing import checkpointed, require_segments
 from .cost import auxiliary_mult_adds, saved_mib
 from .cuts import cut_points
 from .local import InfoPro
@@ -85,6 +85,8 @@ def build(config: Config, classes: int) -> InfoPro:
     """The network of a config in its modules; UserError where its numbers do not fit each other."""
     try:
         net = network(config.network, classes, config.widths)
+        if config.checkpoint_segments:
+            require_segments(net, config.checkpoint_segments)
         cuts = config.cuts or cut_points(config.network, net, config.modules, config.equal_memory)
         if config.network in TORCHVISION:
             if config.modules > 1 and config.loss == "contrast":
@@ -143,7 +145,7 @@ def step_losses(config: Config, model: InfoPro, k: int, x: Tensor, pixels: Tenso
     if config.training == "asynchronous":
         return model.backward_of(k, x, pixels, y, config.amp)
     if not config.checkpoint_segments:
-        return model.backward(x, pixels, y, config.amp)
+        return model.backward(x, pixels, y, config.amp)[0]
     with autocast(x.device, config.amp):
         loss = F.cross_entropy(checkpointed(model.network, x, config.checkpoint_segments), y)
     loss.backward()
@@ -155,9 +157,6 @@ def run(config: Config, job: Job) -> Measured:
     runtime.seed_everything(job.seed, job.deterministic)
     train, tests = (part(config, job, which) for which in ("train", "test"))
     require_positives(config, train.classes, job.world)
-    with torch.device("meta"):
-        sizes = build(config, train.classes)
-    costs = {"saved_mib": saved_mib(sizes, train.size), "auxiliary_mult_adds": auxiliary_mult_adds(sizes, train.size)}
     model = build(config, train.classes).to(job.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -203,7 +202,10 @@ def run(config: Config, job: Job) -> Measured:
 
     errors = [line["error"] for line in progress.curve if "error" in line]
     metrics = {"error": {"last": errors[-1], "best_test": min(errors), "n": tests.samples}}
-    metrics |= {name: {"last": value} for name, value in costs.items()}
+    with torch.device("meta"):
+        sizes = build(config, train.classes)
+    metrics["saved_mib"] = {"last": saved_mib(sizes, train.size)}
+    metrics["auxiliary_mult_adds"] = {"last": auxiliary_mult_adds(sizes, train.size)}
     return Measured(
         metrics=metrics | {"train_seconds": {"last": round(progress.seconds, 2)}},
         config=dataclasses.asdict(config),

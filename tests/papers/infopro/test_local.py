@@ -51,13 +51,15 @@ def test_every_gradient_is_that_of_its_own_modules_loss(loss, batch):
     """Against one graph with the modules cut by hand: the sum of all local losses, differentiated at once."""
     model = model_of(loss=loss)
     x, pixels, y = batch
-    found = model.backward(*batch)
+    found, logits = model.backward(*batch)
     ours, h, losses = gradients(model), x, []
     task = contrastive_loss if loss == "contrast" else F.cross_entropy
     for k in range(4):
         h = model.network.run(h.detach(), model.bounds[k], model.bounds[k + 1])
         if k == 3:
             losses.append(F.cross_entropy(h, y))
+            assert torch.equal(logits, h)
+            assert not logits.requires_grad
             break
         restored = model.decoders[str(k)](h, (12, 12))
         losses.append(
@@ -98,7 +100,7 @@ def test_a_later_loss_never_reaches_an_earlier_module(changed, batch):
 def test_without_a_loss_a_module_has_no_gradient(batch):
     """All lambdas 0: module 1's gradients are exactly 0, the last module's are not; and there is no auxiliary net."""
     model = model_of(lambda1=(0, 0), lambda2=(0, 0))
-    losses = model.backward(*batch)
+    losses, _ = model.backward(*batch)
     assert losses[:3].tolist() == [0, 0, 0]
     assert losses[3] > 0
     for k in range(3):
