@@ -28,6 +28,7 @@ from .recipes import DGL, END_TO_END, GREEDY, contrast, softmax
 
 FOLDER = Path(__file__).parent
 IMAGES_SEEN = {"cifar10": 160 * 50_000, "svhn": 160 * 73_257, "stl10": 160 * 5_000, "imagenet": 90 * 1_281_167}
+REPORTED_GB = {1: 9.40, 2: 5.38, 3: 4.22, 4: 3.52}  # of training R-110 at batch 1024, table 3; K = 1: end to end
 
 
 def metric(value: float) -> dict:
@@ -59,6 +60,8 @@ def costs(tier: str, job: Job) -> Measured:
             found[f"star_k{K}_mib"] = saved_mib(model, 32)
             found[f"star_k{K}_mib_at_1024"] = saved_mib(model, 32, 1024)
             found[f"star_k{K}_overhead"] = 100 * auxiliary_mult_adds(model, 32) / found["r110_mult_adds"]
+        rest = [gb - found[f"star_k{K}_mib_at_1024"] for K, gb in REPORTED_GB.items()]
+        found["star_rest_spread"] = max(rest) - min(rest)
         for K in (2, 3, 4):
             found[f"star_k{K}_saving"] = 100 * (1 - found[f"star_k{K}_mib"] / found["star_k1_mib"])
         for name in TORCHVISION:
@@ -146,6 +149,7 @@ def step(tier: str, job: Job) -> Measured:
     found = step_bench(batch, rounds, 0.5, job.device)
     if job.device.type == "cpu":
         found |= pipeline_bench(batch, steps=6, rounds=rounds)
+        found["one_process_ms"] = min(found["one_thread_ms"], found["two_threads_ms"])
     settings = {"batch": batch, "rounds": rounds, "segments": SEGMENTS, "threads": torch.get_num_threads()}
     return measured(found, config=settings)
 
@@ -194,25 +198,24 @@ def trainings(arms: dict[str, dict], config: str | None = None, probed: tuple[st
         if job.world.size == 1:  # evaluate.py and probe.py run in one process
             for arm in arms:
                 seen = evaluate.run(evaluate.Config(str(job.work_dir / arm)), job.sub(f"{arm}-evaluated")).metrics
-                metrics |= {f"{arm}_{key}": seen[key] for key in ("difference", "params", "end_to_end_params")}
+                metrics[f"{arm}_difference"] = seen["difference"]
+                metrics[f"{arm}_extra_params"] = metric(seen["params"]["last"] - seen["end_to_end_params"]["last"])
             for arm in probed:
                 settings = load_config(probe.Config, FOLDER, name, "probe", checkpoint=str(job.work_dir / arm))
                 found = probe.run(settings, job.sub(f"{arm}-probed"))
                 metrics |= {f"{arm}_{key}": value for key, value in found.metrics.items()}
                 probes[arm] = found.artifacts
-        if "end_to_end" in arms:  # how much of what greedy training loses do the others win back?
+        if "greedy" in arms:  # how much of what greedy training loses do the others win back?
             for arm in arms:
-                for key in ("greedy", "dgl"):
-                    if key in arms:
-                        gain = metrics[f"{key}_error"]["last"] - metrics[f"{arm}_error"]["last"]
-                        metrics[f"{arm}_gain_on_{key}"] = metric(gain)
+                gain = metrics["greedy_error"]["last"] - metrics[f"{arm}_error"]["last"]
+                metrics[f"{arm}_gain_on_greedy"] = metric(gain)
         first = done[next(iter(arms))]
         seen = min(found.scale["steps"] * found.scale["batch"] for found in done.values())
-        full = IMAGES_SEEN.get(first.config["dataset"], IMAGES_SEEN["cifar10"])
+        papers = IMAGES_SEEN.get(first.config["dataset"], IMAGES_SEEN["cifar10"])
         return Measured(
             metrics,
             config={arm: found.config for arm, found in done.items()},
-            scale={**first.scale, "fraction": min(1.0, seen / (0.97 * full))},  # incomplete batches are dropped
+            scale={**first.scale, "fraction": min(1.0, seen / (0.97 * papers))},  # incomplete batches are dropped
             data=first.data,
             numerics=first.numerics,
             curve=[{"stage": arm, **line} for arm, found in done.items() for line in found.curve],
@@ -220,6 +223,7 @@ def trainings(arms: dict[str, dict], config: str | None = None, probed: tuple[st
             weights_sha256=first.weights_sha256,
         )
 
+    measure.arms = tuple(arms)
     return measure
 
 
@@ -239,51 +243,58 @@ QUICK = {
     "contrast_alone": {"modules": 4, "lambda1": (0, 0)},
 }
 PROBED = ("end_to_end", "greedy", "softmax", "contrast")
-EXPERIMENTS = {
+
+
+def full(arms: dict[str, dict], dataset: str, config: str = "full", **overrides) -> Experiment:
+    return Experiment(trainings(arms, config, **overrides), ("full",), {"full": (dataset,)})
+
+
+def only(arms: dict[str, dict], *names: str) -> dict[str, dict]:
+    return {name: arms[name] for name in names}
+
+
+def star(dataset: str, K: int) -> dict[str, dict]:
+    cuts = STL_EQUAL_MEMORY_K3 if (dataset, K) == ("stl10", 3) else EQUAL_MEMORY["r110", K]
+    return {"star": {"modules": K, "cuts": cuts, **contrast(dataset, "r110*", K)}}
+
+
+def asynchronous(K: int) -> dict[str, dict]:
+    return {"asynchronous": {"modules": K, "training": "asynchronous", **contrast("cifar10", "r110", K)}}
+
+
+def imagenet(name: str) -> dict[str, dict]:
+    weight = 1.0 if name == "resnet152" else 0.75
+    return {"end_to_end": END_TO_END, "infopro": {"lambda2": (weight, weight)}}
+
+
+WHOLE, KS, LAYERS = {"end_to_end": END_TO_END}, (2, 4, 8, 16), {"equal_memory": False}
+UNTRAINED = {
     "costs": Experiment(costs, ("quick",)),
     "step": Experiment(step, ("quick",)),
-    "arms": Experiment(trainings(QUICK, probed=PROBED), ("quick",)),
-    "c10-arms": Experiment(trainings(QUICK, probed=PROBED), ("short",), {"short": ("cifar10",)}),
     "gpu-memory": Experiment(gpu_memory, ("full",)),
 }
-EXPERIMENTS |= {
-    f"c10-{name}-k{K}": Experiment(
-        trainings(
-            {"end_to_end": END_TO_END} if K == 1 else locals_of("cifar10", name, K), network=name, equal_memory=False
-        ),
-        ("full",),
-        {"full": ("cifar10",)},
-    )
-    for name in ("r32", "r110")
-    for K in (1, 2, 4, 8, 16)
+TRAINED = {
+    "arms": Experiment(trainings(QUICK, probed=PROBED), ("quick",)),
+    "c10-arms": Experiment(trainings(QUICK, probed=PROBED), ("short",), {"short": ("cifar10",)}),
+    **{f"c10-{net}-k1": full(WHOLE, "cifar10", network=net) for net in ("r32", "r110")},
+    **{
+        f"c10-{net}-k{K}": full(locals_of("cifar10", net, K), "cifar10", network=net, **LAYERS)
+        for net in ("r32", "r110")
+        for K in KS
+    },
+    **{f"c10-r110-asy-k{K}": full(asynchronous(K), "cifar10", **LAYERS) for K in (2, 4)},
+    **{f"c10-r110-star-k{K}": full(star("cifar10", K), "cifar10") for K in (2, 3, 4)},
+    "svhn-r110-k1": full(WHOLE, "svhn", "full-svhn"),
+    **{f"svhn-r110-k{K}": full(only(locals_of("svhn", "r110", K), "contrast"), "svhn", "full-svhn") for K in KS},
+    "stl10-r110-k1": full(WHOLE, "stl10", "full-stl10"),
+    **{
+        f"stl10-r110-k{K}": full(only(locals_of("stl10", "r110", K), "softmax", "contrast"), "stl10", "full-stl10")
+        for K in KS
+    },
+    **{f"stl10-r110-star-k{K}": full(star("stl10", K), "stl10", "full-stl10") for K in (2, 3, 4)},
+    **{f"imagenet-{name}": full(imagenet(name), "imagenet", "full-imagenet", network=name) for name in TORCHVISION},
 }
-for _K in (2, 4):
-    _asy = {"asynchronous": {"modules": _K, "training": "asynchronous", **contrast("cifar10", "r110", _K)}}
-    EXPERIMENTS[f"c10-r110-asy-k{_K}"] = Experiment(
-        trainings(_asy, equal_memory=False), ("full",), {"full": ("cifar10",)}
-    )
-for _dataset, _short in (("cifar10", "c10"), ("stl10", "stl10")):
-    for _K in (2, 3, 4):
-        _cuts = STL_EQUAL_MEMORY_K3 if (_dataset, _K) == ("stl10", 3) else EQUAL_MEMORY["r110", _K]
-        _star = {"star": {"modules": _K, "cuts": _cuts, **contrast(_dataset, "r110*", _K)}}
-        EXPERIMENTS[f"{_short}-r110-star-k{_K}"] = Experiment(
-            trainings(_star, config="full" if _dataset == "cifar10" else "full-stl10"), ("full",), {"full": (_dataset,)}
-        )
-for _dataset in ("svhn", "stl10"):
-    for _K in (1, 2, 4, 8, 16):
-        _arms = {"end_to_end": END_TO_END} if _K == 1 else locals_of(_dataset, "r110", _K)
-        if _dataset == "svhn" and _K > 1:
-            _arms = {"contrast": _arms["contrast"]}
-        elif _K > 1:
-            _arms = {arm: _arms[arm] for arm in ("softmax", "contrast")}
-        EXPERIMENTS[f"{_dataset}-r110-k{_K}"] = Experiment(
-            trainings(_arms, config=f"full-{_dataset}"), ("full",), {"full": (_dataset,)}
-        )
-for _name in TORCHVISION:
-    _arms = {"end_to_end": END_TO_END, "infopro": {"lambda2": (1, 1) if _name == "resnet152" else (0.75, 0.75)}}
-    EXPERIMENTS[f"imagenet-{_name}"] = Experiment(
-        trainings(_arms, config="full-imagenet", network=_name), ("full",), {"full": ("imagenet",)}
-    )
+EXPERIMENTS = UNTRAINED | TRAINED
 
 if __name__ == "__main__":
     main(EXPERIMENTS, __file__)

@@ -20,7 +20,7 @@ from papers.infopro import (
     reconstruction_loss,
     resnet_cifar,
 )
-from papers.infopro.cost import auxiliary_mult_adds, empty_batch, saved_mib
+from papers.infopro.cost import auxiliary_mult_adds, empty_batch
 
 CUTS = ((1, 0), (2, 0), (2, 1))
 CLASSES, B = 4, 12
@@ -261,33 +261,16 @@ def paper_model(name: str, K: int, equal_memory: bool, loss: str = "contrast") -
         return InfoPro(net, cuts, Decoder, lambda c: head("1c2f", c, outputs), (1, 1), (1, 1), loss)
 
 
-@pytest.mark.parametrize(("K", "mib"), [(1, 8.063), (2, 4.238), (3, 3.050), (4, 2.307)])
-def test_official_memory(K, mib):
-    assert saved_mib(paper_model("r110", K, True), 32) == pytest.approx(mib, abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "equal_memory", "percents"),
-    [
-        ("r110", True, {2: 1.30, 3: 3.31, 4: 4.61}),
-        ("r110", False, {2: 2.0, 4: 7.2, 8: 16.4, 16: 33.3}),
-        ("r32", False, {2: 7.3, 4: 26.3, 8: 57.4, 16: 122}),
-    ],
-)
-def test_official_overhead(name, equal_memory, percents):
-    """And by hand: decoder and head after stage 1, 2, 3 have that many. 57.35 for R-32, K = 8, is printed as 57.4."""
-    total = {"r110": 253_149_824, "r32": 69_124_736}[name]
+@pytest.mark.parametrize(("name", "K", "equal_memory"), [("r32", 8, False), ("r110", 2, True)])
+def test_overhead_by_hand(name, K, equal_memory):
+    """Decoder and contrastive head after stage 1, 2, 3; test_scripts.py holds all official figures against `costs`."""
+    model = paper_model(name, K, equal_memory)
     each = [
         (c * 12 + 12 * 3) * 9 * 32**2 + c * min(2 * c, 64) * 9 * side**2 + min(2 * c, 64) * 128 + 128 * 128
         for c, side in ((16, 16), (32, 8), (64, 8))
     ]
-    for K, percent in percents.items():
-        model = paper_model(name, K, equal_memory)
-        cuts = cut_points(name, model.network, K, equal_memory)
-        found = auxiliary_mult_adds(model, 32)
-        assert found == sum(each[max(stage, 1) - 1] for stage, _ in cuts)
-        digits = 10.0 ** -len(str(percent).partition(".")[2])
-        assert 100 * found / total == pytest.approx(percent, abs=0.5 * digits + (5e-3 if percent == 57.4 else 0))
+    cuts = cut_points(name, model.network, K, equal_memory)
+    assert auxiliary_mult_adds(model, 32) == sum(each[stage - 1] for stage, _ in cuts)
 
 
 def test_memory_on_the_meta_device_is_that_of_a_real_step():

@@ -1,6 +1,5 @@
 """The scripts: killed and resumed, on two ranks, in modules on two processes, evaluated end to end, with bad input."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -96,16 +95,25 @@ def test_asynchronous_training_keeps_what_it_has_trained(job, tmp_path):
     first = weights(tmp_path / "all")
     other = train.run(tiny(epochs=1, test_every=0), job(tmp_path / "simultaneous"))  # its first module learns alike
     second = weights(tmp_path / "simultaneous")
-    same = {key for key in first if torch.equal(first[key], second[key])}
+    same = {key for key in first if torch.equal(first[key], second[key]) and not key.endswith("tracked")}
     mine = ("network.stem.", "decoders.0.", "heads.0.")  # module 1 is the stem alone
-    assert {key for key in first if key.startswith(mine)} == same
+    assert {key for key in first if key.startswith(mine) and not key.endswith("tracked")} == same
     assert found.weights_sha256 != other.weights_sha256
 
 
 def test_learns(job, tmp_path):
-    config = tiny(train_images=64, epochs=30, loss="softmax", lambda1=(1.0, 1.0), lambda2=(1.0, 1.0), test_every=0)
-    curve = train.run(config, job(tmp_path)).curve
-    assert curve[-1]["train_loss"] < 0.7 * curve[0]["train_loss"]
+    """Each module by its own loss: the sum of both falls, without labels from above."""
+    changed = {
+        "train_images": 64,
+        "widths": (8, 8, 16),
+        "modules": 2,
+        "epochs": 20,
+        "loss": "softmax",
+        "crop_pad": 0,
+        "flip": False,
+    }
+    curve = train.run(tiny(**changed, lambda1=(0.0, 0.0), lambda2=(1.0, 1.0)), job(tmp_path)).curve
+    assert curve[-1]["train_loss"] < 0.75 * curve[0]["train_loss"]
 
 
 def test_imagenet_form_on_a_tiny_tree(imagenet_tree, job, tmp_path, monkeypatch):
@@ -126,8 +134,11 @@ def test_imagenet_form_on_a_tiny_tree(imagenet_tree, job, tmp_path, monkeypatch)
 
 # ---------------------------------------------------------------------------------------------- two ranks
 def test_two_ranks(torchrun):
-    """Averaged gradients; the softmax form is that of one process with the whole batch (batch norm at rest: each rank has
-    statistics of its own share), the contrastive one is the mean over the ranks' own pairs; the runs end alike.
+    """Averaged gradients: the softmax form's are those of one process with the whole batch (batch norm at rest: each rank has
+    statistics of its own share), the contrastive form's are the mean over the ranks' own pairs; the runs end alike.
+
+    And modules on two processes: after steps with momentum, rank 0 has the bits of one process in its modules (two of
+    them), rank 1 in the others, running statistics too.
     """
     out = torchrun(
         f"""
@@ -136,11 +147,15 @@ def test_two_ranks(torchrun):
         from common import runtime
         from common.cli import Job
         from papers.infopro import train
+        from papers.infopro.pipeline import train_pipelined
         world = runtime.set_up_world("cpu")
+        def config(**changed):
+            return train.Config(**{TINY!r} | changed)
+        def close(some, others):
+            return all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(some, others))
         for loss in ("softmax", "contrast"):
             runtime.seed_everything(0)
-            config = train.Config(**{TINY!r} | {{"loss": loss}})
-            model = train.build(config, 10).double().eval()
+            model = train.build(config(loss=loss), 10).double().eval()
             x, y = torch.randn(24, 3, 16, 16).double(), torch.arange(24) // 2 % 10
             pixels = x.sigmoid()
             def gradients(rows):
@@ -151,42 +166,20 @@ def test_two_ranks(torchrun):
             model.zero_grad()
             model.backward(*(t[world.rank::2] for t in (x, pixels, y)))
             runtime.average_gradients(p.grad for p in model.parameters())
-            close = lambda a, b: all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(a, b))
             found = [p.grad for p in model.parameters()]
             assert close(found, [(a + b) / 2 for a, b in zip(*halves)])
             assert close(found, whole) is (loss == "softmax")
-            for training in ("simultaneous", "asynchronous"):
-                config = train.Config(**{TINY!r} | {{"loss": loss, "training": training, "batch_size": 24}})
-                found = train.run(config, Job(0, world, Path(loss + training), Path("data")))
-                end = f"{{found.weights_sha256}} {{found.scale['steps']}} end"
-                print(f"{{loss}} {{training}} rank {{world.rank}}: {{end}}", flush=True)
-        torch.distributed.destroy_process_group()
-        """
-    )
-    ends = re.findall(r"(\w+ \w+) rank (\d): (\S+) (\d+) end", out)
-    assert len(ends) == 8
-    for name in {end[0] for end in ends}:
-        first, second = (end for end in sorted(ends) if end[0] == name)
-        assert first[2] == second[2], "both ranks have the same weights and statistics"
-        assert first[3] == ("24" if name.endswith("asynchronous") else "8"), "the batch is shared, not doubled"
+        for training in ("simultaneous", "asynchronous"):
+            job = Job(0, world, Path(training), Path("data"))
+            found = train.run(config(training=training, batch_size=24), job)
+            print(f"{{training}} rank {{world.rank}}: {{found.weights_sha256}} {{found.scale['steps']}} end", flush=True)
 
-
-def test_modules_on_two_processes_end_with_the_bits_of_one(torchrun):
-    """Momentum, moving statistics, several modules a rank; rank 0 has its modules, rank 1 has the others."""
-    out = torchrun(
-        f"""
-        import torch
-        import torch.distributed as dist
-        from common import runtime
-        from papers.infopro import train
-        from papers.infopro.pipeline import train_pipelined
-        world = runtime.set_up_world("cpu")
-        models, config = [], train.Config(**{TINY!r})
-        batches = [(torch.randn(12, 3, 16, 16), torch.rand(12, 3, 16, 16), torch.arange(12) % 4) for _ in range(5)] \\
-            if runtime.seed_everything(7) is None else None
-        for form in ("one", "two"):
+        runtime.seed_everything(7)
+        batches = [(torch.randn(12, 3, 16, 16), torch.rand(12, 3, 16, 16), torch.arange(12) % 4) for _ in range(4)]
+        models = []
+        for form in ("one process", "two"):
             runtime.seed_everything(0)
-            model = train.build(config, 10)
+            model = train.build(config(), 10)
             optimiser = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
             if form == "two":
                 train_pipelined(model, optimiser, batches, 2)
@@ -196,23 +189,24 @@ def test_modules_on_two_processes_end_with_the_bits_of_one(torchrun):
                     model.backward(*batch)
                     optimiser.step()
             models.append(model)
-        mine = range(2) if world.rank == 0 else range(2, 3)
-        for k in mine:
+        for k in (0, 1) if world.rank == 0 else (2,):
             for p, q in zip(*(m.module_parameters(k) for m in models)):
                 assert torch.equal(p, q)
             for a, b in zip(*(m.network.units[m.bounds[k] : m.bounds[k + 1]] for m in models)):
                 assert all(torch.equal(s, t) for s, t in zip(a.buffers(), b.buffers()))
-        other = models[1].module_parameters(2 - 2 * world.rank)
-        assert all(p.grad is None for p in other)
+        assert all(p.grad is None for p in models[1].module_parameters(2 - 2 * world.rank))
         try:
             train_pipelined(models[0], None, [], 3)
         except ValueError as error:
-            print(f"refused {{world.rank}}: {{error}}", flush=True)
-        print(f"rank {{world.rank}} end", flush=True)
-        dist.destroy_process_group()
+            print(f"refused: {{error}}", flush=True)
+        torch.distributed.destroy_process_group()
         """
     )
-    assert sorted(re.findall(r"rank (\d) end", out)) == ["0", "1"]
+    ends = sorted(re.findall(r"(\w+) rank (\d): (\S+) (\d+) end", out))
+    assert [end[:2] for end in ends] == [(a, r) for a in ("asynchronous", "simultaneous") for r in "01"]
+    assert ends[0][2] == ends[1][2], "both ranks have the same weights and statistics"
+    assert ends[2][2] == ends[3][2]
+    assert [end[3] for end in ends] == ["24", "24", "8", "8"], "the batch is shared, not doubled"
     assert out.count("split=3 of K=3 modules on 2 ranks; expected 1 to K - 1, and two ranks") == 2
 
 
@@ -229,14 +223,10 @@ def test_probes_leave_the_network_alone_and_see_what_is_there(job, tmp_path):
     assert all(0 <= e <= 100 for name in ("head_error", "linear_error") for e in found.artifacts[name])
 
 
-def test_bench_has_the_figures_of_its_claims():
-    """A smoke test of times; memory is checked: modules and checkpointing hold less than the whole graph."""
-    found = bench.step_bench(batch=4, rounds=1, min_run_time=0.01, name="r110")
-    assert found["end_to_end_time"] == found["end_to_end_memory"] == 1
-    assert found["k4_mib"] < found["k3_mib"] < found["k2_mib"] < 0.7 * found["end_to_end_mib"]
-    assert found["checkpointed_memory"] < 0.5
-    assert bench.recomputed("r110") == pytest.approx(0.875 / 3, rel=0.02), "seven of eight segments, once more"
-    assert "checkpointed" in bench.table(found, 4)
+def test_recomputed_share_of_checkpointing():
+    """Seven of eight segments once more, over three passes; by units of equal cost, but for the stem and the shortcuts."""
+    assert bench.recomputed("r110") == pytest.approx(0.875 / 3, rel=0.02)
+    assert bench.recomputed("r110", 1) == 0
 
 
 # ---------------------------------------------------------------------------------------------- protocols
@@ -271,36 +261,47 @@ def test_full_configs_are_the_papers_recipe():
 
 
 def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(job, tmp_path, monkeypatch):
+    """The quick arms, tiny; the others return the same of their own arms, so their names suffice."""
+
     def settings(config, folder, name, section, **changed):
         if section == "probe":
-            return probe.Config(points=2, epochs=1, batch_size=20, **changed)
-        kept = {key: changed[key] for key in changed if key not in ("dataset", "network", "cuts", "equal_memory")}
-        config = tiny(**kept, epochs=1)
-        return dataclasses.replace(config, modules=min(config.modules, 3))
+            return probe.Config(points=10, epochs=1, batch_size=20, **changed)
+        return tiny(**changed, network="r20", widths=(2, 2, 4), train_images=48, epochs=1)
 
     monkeypatch.setattr(reproduce, "load_config", settings)
-    monkeypatch.setattr(reproduce, "network_of", lambda name: "r8")
-    experiments = {claim.run.experiment for claim in load_paper(FOLDER).claims if claim.run}
-    found, measured = {}, {}
-    for name in sorted(experiments - set(reproduce.UNTRAINED)):
-        experiment = reproduce.EXPERIMENTS[name]
-        key = experiment.measure.arms if hasattr(experiment.measure, "arms") else name
-        if key not in measured:
-            measured[key] = set(experiment.measure(experiment.tiers[0], job(tmp_path / name)).metrics)
-        found[name] = measured[key]
+    arms = reproduce.TRAINED["arms"]
+    found = set(arms.measure("quick", job(tmp_path)).metrics)
+    of_one = {name.removeprefix("contrast_") for name in found if name.startswith("contrast_")}
     for claim in load_paper(FOLDER).claims:
-        if claim.run and claim.run.experiment in found:
-            assert {claim.metric.name, claim.against} - {None} <= found[claim.run.experiment], claim.id
+        if claim.run and claim.run.experiment in reproduce.TRAINED:
+            mine = reproduce.TRAINED[claim.run.experiment].measure.arms
+            for name in {claim.metric.name, claim.against} - {None}:
+                returned = (
+                    name in found if mine == arms.measure.arms else name in {f"{a}_{b}" for a in mine for b in of_one}
+                )
+                assert returned, claim.id
+
+
+def test_official_numbers_that_need_no_training(job, tmp_path):
+    """Sizes, memory, overhead of the paper and its code, and what must hold exactly: every claim of `costs` but one."""
+    found = {name: value["last"] for name, value in reproduce.costs("quick", job(tmp_path)).metrics.items()}
+    claims = [c for c in load_paper(FOLDER).claims if c.run and c.run.experiment == "costs"]
+    off = {c.id for c in claims if not abs(found[c.metric.name] - c.reported.value) <= c.tolerance.abs}
+    assert off == {"overhead-star-k4", "memory-saving-resnext101"}, (
+        "the printed 5.9 is not that of the released cuts, 4.61"
+    )
+    assert found["no_loss_last_gradient"] > 0
+    assert found["restored_error"] < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- bad input
-DIGITS = "dataset=cluttered_digits train_images=64 warm_up=0"
+DIGITS = "dataset=cluttered_digits train_images=64 warm_up=0 batch_size=32"
 
 
 @pytest.mark.parametrize(
     ("script", "settings", "message"),
     [
-        (train, f"{DIGITS} modules=5", "no cuts of r110 for K=5; the paper has"),
+        (train, f"{DIGITS} modules=5", "no cuts of r110 for K=5 and equal memory; the paper has"),
         (train, f"{DIGITS} network=r8 modules=5", "K=5 modules of r8; it has 3 blocks and a stem: 1 to 4"),
         (train, f"{DIGITS} modules=0", "K=0 modules of r110"),
         (train, f"{DIGITS} modules=2 cuts=[[1,18]]", "no block 18 in stage 1 to cut after; blocks count from 0: 18 in"),
@@ -310,12 +311,12 @@ DIGITS = "dataset=cluttered_digits train_images=64 warm_up=0"
         (train, f"{DIGITS} modules=2 loss=hinge", "loss: Input should be 'contrast' or 'softmax'"),
         (train, f"{DIGITS} modules=2 batch_size=10", "gives 10 images a rank for 10 classes: a batch may have no two"),
         (train, f"{DIGITS} modules=2 lambda1=[0,1] lambda2=[0,1]", "would never learn; raise one"),
-        (train, f"{DIGITS} modules=2 lambda1=[-1,1] batch_size=32", "expected 0 or more"),
+        (train, f"{DIGITS} modules=2 lambda1=[-1,1]", "expected 0 or more"),
         (train, f"{DIGITS} network=r9", "depth 9, expected 6n"),
         (train, f"{DIGITS} network=vgg", "unknown network 'vgg'; expected r32, r110"),
-        (train, f"{DIGITS} network=resnet101 modules=2 loss=contrast batch_size=32", "classifiers; set loss=softmax"),
+        (train, f"{DIGITS} network=resnet101 modules=2 loss=contrast", "classifiers; set loss=softmax"),
         (train, f"{DIGITS} modules=2 checkpoint_segments=4", "checkpoint_segments is for modules=1"),
-        (train, f"{DIGITS} modules=1 network=r8 checkpoint_segments=9 batch_size=32", "9 segments, expected 1 to 5"),
+        (train, f"{DIGITS} modules=1 network=r8 checkpoint_segments=9", "9 segments, expected 1 to 5"),
         (train, "dataset=cifar10", "make data DATASET=cifar10"),
         (train, "dataset=svhn", "svhn"),
         (evaluate, "checkpoint=nowhere", "no checkpoint at 'nowhere'; give a work dir of papers.infopro.train"),
