@@ -240,8 +240,8 @@ QUICK = {
     "dgl": {"modules": 4, **DGL},
     "softmax": {"modules": 4, "loss": "softmax"},
     "contrast": {"modules": 4},
-    "contrast_alone": {"modules": 4, "lambda1": (0, 0)},
 }
+SHORT = QUICK | {"contrast_alone": {"modules": 4, "lambda1": (0, 0)}}
 PROBED = ("end_to_end", "greedy", "softmax", "contrast")
 
 
@@ -275,7 +275,7 @@ UNTRAINED = {
 }
 TRAINED = {
     "arms": Experiment(trainings(QUICK, probed=PROBED), ("quick",)),
-    "c10-arms": Experiment(trainings(QUICK, probed=PROBED), ("short",), {"short": ("cifar10",)}),
+    "c10-arms": Experiment(trainings(SHORT, probed=PROBED), ("short",), {"short": ("cifar10",)}),
     **{f"c10-{net}-k1": full(WHOLE, "cifar10", network=net) for net in ("r32", "r110")},
     **{
         f"c10-{net}-k{K}": full(locals_of("cifar10", net, K), "cifar10", network=net, **LAYERS)

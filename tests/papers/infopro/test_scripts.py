@@ -261,7 +261,7 @@ def test_full_configs_are_the_papers_recipe():
 
 
 def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(job, tmp_path, monkeypatch):
-    """The quick arms, tiny; the others return the same of their own arms, so their names suffice."""
+    """The arms of the short tier, tiny; the others return the same of their own arms, so their names suffice."""
 
     def settings(config, folder, name, section, **changed):
         if section == "probe":
@@ -269,8 +269,8 @@ def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(j
         return tiny(**changed, network="r20", widths=(2, 2, 4), train_images=48, epochs=1)
 
     monkeypatch.setattr(reproduce, "load_config", settings)
-    arms = reproduce.TRAINED["arms"]
-    found = set(arms.measure("quick", job(tmp_path)).metrics)
+    arms = reproduce.TRAINED["c10-arms"]
+    found = set(arms.measure("short", job(tmp_path)).metrics)
     of_one = {name.removeprefix("contrast_") for name in found if name.startswith("contrast_")}
     for claim in load_paper(FOLDER).claims:
         if claim.run and claim.run.experiment in reproduce.TRAINED:
