@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import cli
+from common import cli, runtime
 from common.checkpoints import checkpoints
 from common.errors import UserError
 from common.metrics.compute import parameters
@@ -41,10 +41,23 @@ def test_killed_asynchronous_trainings_too(survives_kills):
     survives_kills("papers.infopro.train", settings, 12, every=4, timeless=("train_seconds",))
 
 
-def test_killed_probes_end_with_bit_identical_weights(job, tmp_path, survives_kills):
+def test_stopped_probes_end_with_bit_identical_weights(job, tmp_path, monkeypatch):
+    """Stopped in both epochs, after a save each, and started again."""
     train.run(tiny(epochs=1), job(tmp_path / "trained"))
-    settings = f"checkpoint={tmp_path / 'trained'} points=3 epochs=2 batch_size=16 log_every=1 save_every=4"
-    survives_kills("papers.infopro.probe", settings, 12, every=4)
+    config = probe.Config(str(tmp_path / "trained"), points=3, epochs=2, batch_size=16, log_every=1)
+    whole, stops = probe.run(config, job(tmp_path / "whole")), [2, 9]
+
+    def stop(flag, step):
+        return bool(stops) and step == stops[0] and bool(stops.pop(0))
+
+    monkeypatch.setattr(runtime.StopFlag, "at", stop)
+    for step in (2, 9):
+        with pytest.raises(runtime.Stopped, match=f"at step {step} of 12"):
+            probe.run(config, job(tmp_path / "stopped"))
+    again = probe.run(config, job(tmp_path / "stopped"))
+    assert again.weights_sha256 == whole.weights_sha256
+    assert again.metrics == whole.metrics
+    assert again.curve == whole.curve
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_one_seed_gives_every_form_the_same_start_and_data(job, tmp_path):
     """Paired seeds: the network's weights before the first step do not depend on K or on the auxiliary nets."""
     starts = {}
     for name, changed in {"e2e": {"modules": 1}, "infopro": {}, "greedy": {"head": "0c1f", "loss": "softmax"}}.items():
-        train.runtime.seed_everything(3)
+        runtime.seed_everything(3)
         starts[name] = train.build(tiny(**changed), 10).network.state_dict()
     for other in ("infopro", "greedy"):
         assert all(torch.equal(t, starts[other][key]) for key, t in starts["e2e"].items())
