@@ -50,14 +50,14 @@ class InfoPro(nn.Module):
         self.bounds = [0, *ends, len(network.units)]  # module k has units bounds[k] .. bounds[k + 1] - 1
         self.lambda1, self.lambda2 = interpolated(*lambda1, len(cuts)), interpolated(*lambda2, len(cuts))
         channels = [width(network.units[end - 1]) for end in ends]
-        pairs = ((decoder, self.lambda1), (head, self.lambda2))
-        (
-            self.decoders,
-            self.heads,
-        ) = (  # {"k": net}, k from 0; made after the network, so that one seed gives K = 1's weights
-            nn.ModuleDict({str(k): initialise(make(c)) for k, c in enumerate(channels) if weights[k]})
-            for make, weights in pairs
-        )
+
+        def nets(
+            make: Callable[[int], nn.Module] | None, weights: list[float]
+        ) -> nn.ModuleDict:  # {"k": net}, k from 0
+            return nn.ModuleDict({str(k): initialise(make(c)) for k, c in enumerate(channels) if weights[k]})
+
+        # After the network, so that one seed gives it the same weights for every K.
+        self.decoders, self.heads = nets(decoder, self.lambda1), nets(head, self.lambda2)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
