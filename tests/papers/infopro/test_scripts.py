@@ -34,30 +34,36 @@ def test_killed_trainings_end_with_bit_identical_weights(survives_kills):
     survives_kills("papers.infopro.train", SETTINGS, 12, every=4, timeless=("train_seconds",))
 
 
-def test_killed_asynchronous_trainings_too(survives_kills):
-    """Two modules, an epoch each: also across the step where the next module's turn comes."""
-    settings = SETTINGS.replace("modules=3", "modules=2").replace("epochs=2", "epochs=1")
-    settings += " training=asynchronous loss=softmax"
-    survives_kills("papers.infopro.train", settings, 12, every=4, timeless=("train_seconds",))
-
-
-def test_stopped_probes_end_with_bit_identical_weights(job, tmp_path, monkeypatch):
-    """Stopped in both epochs, after a save each, and started again."""
-    train.run(tiny(epochs=1), job(tmp_path / "trained"))
-    config = probe.Config(str(tmp_path / "trained"), points=3, epochs=2, batch_size=16, log_every=1)
-    whole, stops = probe.run(config, job(tmp_path / "whole")), [2, 9]
+def stops_and_resumes(run, job, folder: Path, monkeypatch, steps: int, at: tuple[int, ...]):
+    """A run stopped after these steps, with a save each, and started again ends like the whole one; returns that."""
+    whole, stops = run(job(folder / "whole")), list(at)
 
     def stop(flag, step):
         return bool(stops) and step == stops[0] and bool(stops.pop(0))
 
     monkeypatch.setattr(runtime.StopFlag, "at", stop)
-    for step in (2, 9):
-        with pytest.raises(runtime.Stopped, match=f"at step {step} of 12"):
-            probe.run(config, job(tmp_path / "stopped"))
-    again = probe.run(config, job(tmp_path / "stopped"))
+    for step in at:
+        with pytest.raises(runtime.Stopped, match=f"at step {step} of {steps}"):
+            run(job(folder / "stopped"))
+    again = run(job(folder / "stopped"))
     assert again.weights_sha256 == whole.weights_sha256
-    assert again.metrics == whole.metrics
     assert again.curve == whole.curve
+    assert {k: v for k, v in again.metrics.items() if k != "train_seconds"} == {
+        k: v for k, v in whole.metrics.items() if k != "train_seconds"
+    }
+    return whole
+
+
+def test_stopped_asynchronous_trainings_end_with_bit_identical_weights(job, tmp_path, monkeypatch):
+    """Three modules, an epoch each: stopped inside the first, where the second's turn comes, and inside the third."""
+    config = tiny(training="asynchronous", epochs=1)
+    stops_and_resumes(lambda here: train.run(config, here), job, tmp_path, monkeypatch, 18, (2, 6, 15))
+
+
+def test_stopped_probes_end_with_bit_identical_weights(job, tmp_path, monkeypatch):
+    train.run(tiny(epochs=1), job(tmp_path / "trained"))
+    config = probe.Config(str(tmp_path / "trained"), points=3, epochs=2, batch_size=16, log_every=1)
+    stops_and_resumes(lambda here: probe.run(config, here), job, tmp_path, monkeypatch, 12, (2, 9))
 
 
 @pytest.mark.parametrize(
@@ -293,14 +299,18 @@ def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(j
                 assert name in found or name in {f"{arm}_{what}" for arm in mine for what in of_one}, claim.id
 
 
-def test_official_numbers_that_need_no_training(job, tmp_path):
-    """Sizes, memory, overhead of the paper and its code, and what must hold exactly: every claim of `costs` but one."""
+def test_official_numbers_that_need_no_training(job, tmp_path, monkeypatch):
+    """Sizes, memory, overhead of the paper and its code, and what must hold exactly: every claim of `costs` but one.
+
+    Of the ImageNet networks one stands here for three.
+    """
+    monkeypatch.setattr(reproduce, "TORCHVISION", ("resnet101",))
     found = {name: value["last"] for name, value in reproduce.costs("quick", job(tmp_path)).metrics.items()}
     claims = [c for c in load_paper(FOLDER).claims if c.run and c.run.experiment == "costs"]
-    off = {c.id for c in claims if not abs(found[c.metric.name] - c.reported.value) <= c.tolerance.abs}
-    assert off == {"overhead-star-k4", "memory-saving-resnext101"}, (
-        "the printed 5.9 is not that of the released cuts, 4.61"
-    )
+    there = [c for c in claims if not re.search("resnet152|resnext101", c.metric.name)]
+    off = {c.id for c in there if not abs(found[c.metric.name] - c.reported.value) <= c.tolerance.abs}
+    assert off == {"overhead-star-k4"}, "the printed 5.9 is not that of the released cuts, 4.61"
+    assert len(there) > 40
     assert found["no_loss_last_gradient"] > 0
     assert found["restored_error"] < 1e-6
 
