@@ -97,8 +97,24 @@ PUBLISHED = {
             "test": "4be5dbf3279c06a13f5ec5886b40e9a0b86af9449a6194a03782ddd01e20fd11",
         },
     ),
+    # Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers, cropped digits
+    "svhn": Published(
+        classes=10,
+        shape=(32, 32, 3),
+        counts={"train": 73_257, "test": 26_032},
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+    ),
+    # Coates et al. 2011, https://cs.stanford.edu/~acoates/stl10, the labelled images
+    "stl10": Published(
+        classes=10,
+        shape=(96, 96, 3),
+        counts={"train": 5_000, "test": 8_000},
+        mean=(0.4467, 0.4398, 0.4066),
+        std=(0.2603, 0.2566, 0.2713),
+    ),
 }
-DOWNLOADABLE = ("cifar10", "cifar100", "mnist")
+DOWNLOADABLE = ("cifar10", "cifar100", "mnist", "svhn", "stl10")
 
 
 def data_root() -> Path:

@@ -1,11 +1,13 @@
 """The data step of the sets that have official archives: fetch, verify, convert to the plain form.
 
-CIFAR-10/100 (Krizhevsky 2009) and MNIST (LeCun et al.), free for research. Archives in torchvision's layout that
-already lie in the root are used before any download: `cifar-10-python.tar.gz` or `cifar-10-batches-py/`,
-`cifar-100-python.tar.gz` or `cifar-100-python/`, `MNIST/raw/`.
+CIFAR-10/100 (Krizhevsky 2009), MNIST (LeCun et al.), SVHN (Netzer et al. 2011) and the labelled part of STL-10 (Coates et
+al. 2011), free for research. Archives in torchvision's layout that already lie in the root are used before any download:
+`cifar-10-python.tar.gz` or `cifar-10-batches-py/`, `cifar-100-python.tar.gz` or `cifar-100-python/`, `MNIST/raw/`,
+`{train,test}_32x32.mat`, `stl10_binary.tar.gz` or `stl10_binary/`.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from torchvision import datasets
@@ -13,7 +15,24 @@ from torchvision import datasets
 from common.datasets.images import PUBLISHED, SPLITS, fingerprint, load_npz, make_data, save_npz
 from common.errors import UserError
 
-SOURCES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST}
+
+def _by_split(source):
+    """A set that says `split` for `train`, puts channels first, and says `labels` for `targets`."""
+
+    def opened(root: Path, train: bool, download: bool) -> SimpleNamespace:
+        found = source(root, split="train" if train else "test", download=download)
+        return SimpleNamespace(data=found.data.transpose(0, 2, 3, 1), targets=found.labels)
+
+    return opened
+
+
+SOURCES = {
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+    "mnist": datasets.MNIST,
+    "svhn": _by_split(datasets.SVHN),
+    "stl10": _by_split(datasets.STL10),
+}
 
 
 def convert(name: str, root: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from torchvision import datasets as official_sets
@@ -338,6 +339,50 @@ def test_mnist_idx_files_are_converted(tmp_path, monkeypatch):
     loaded = datasets.load("mnist", "train", tmp_path)
     assert np.array_equal(loaded.images[..., 0], pixels)
     assert loaded.labels.tolist() == labels.tolist()
+
+
+def test_svhn_files_are_converted(tmp_path, monkeypatch):
+    """Official: X (32, 32, 3, N), y (N, 1) in 1..10, where 10 is the digit 0."""
+    truth, listed = {}, {}
+    for split, n in (("train", 12), ("test", 8)):
+        truth[split] = sample(n, 10, (32, 32, 3))
+        pixels, labels = truth[split]
+        file = f"{split}_32x32.mat"
+        y = np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)
+        scipy.io.savemat(tmp_path / file, {"X": pixels.transpose(1, 2, 3, 0), "y": y})
+        listed[split] = ["http://nowhere", file, md5(tmp_path / file)]
+    monkeypatch.setattr(official_sets.SVHN, "split_list", listed)
+    known = replace(images.PUBLISHED["svhn"], counts={"train": 12, "test": 8})
+    monkeypatch.setitem(images.PUBLISHED, "svhn", known)
+    datasets.prepare("svhn", tmp_path)
+    for split, (pixels, labels) in truth.items():
+        loaded = datasets.load("svhn", split, tmp_path)
+        assert np.array_equal(loaded.images, pixels)
+        assert loaded.labels.tolist() == labels.tolist()
+
+
+def test_stl10_files_are_converted(tmp_path, monkeypatch):
+    """Official: raw bytes (N, 3, columns, rows), labels 1..10; the unlabelled images are checked and left alone."""
+    folder, truth = tmp_path / "stl10_binary", {}
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("a\nb\n")
+    (folder / "unlabeled_X.bin").write_bytes(b"not read")
+    for split, n in (("train", 6), ("test", 4)):
+        truth[split] = sample(n, 10, (96, 96, 3))
+        pixels, labels = truth[split]
+        (folder / f"{split}_X.bin").write_bytes(pixels.transpose(0, 3, 2, 1).tobytes())
+        (folder / f"{split}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
+    for name, files in (("train_list", ("train_X", "train_y", "unlabeled_X")), ("test_list", ("test_X", "test_y"))):
+        sums = [[f"{file}.bin", md5(folder / f"{file}.bin")] for file in files]
+        monkeypatch.setattr(official_sets.STL10, name, sums)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    known = replace(images.PUBLISHED["stl10"], counts={"train": 6, "test": 4})
+    monkeypatch.setitem(images.PUBLISHED, "stl10", known)
+    datasets.prepare("stl10", tmp_path)
+    for split, (pixels, labels) in truth.items():
+        loaded = datasets.load("stl10", split, tmp_path)
+        assert np.array_equal(loaded.images, pixels)
+        assert loaded.labels.tolist() == labels.tolist()
 
 
 def test_conversion_leaves_nothing_behind_when_the_content_is_wrong(tmp_path, monkeypatch):
