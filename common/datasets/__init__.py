@@ -69,13 +69,17 @@ def _generate(name: str, split: str, root: Path, **options) -> Images:
 def prepare(name: str, root: Path | None = None) -> None:
     """The step behind `make data DATASET=<name>`: fetch or find, verify, convert. Does nothing that is already done.
 
-    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` the tree is only checked.
+    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` and the person re-identification
+    sets the tree is only checked.
     """
-    from common.datasets import imagenet, official  # need torchvision; loading a small set does not
+    from common.datasets import imagenet, official, person_reid  # need torchvision; loading a small set does not
 
     root = Path(root or data_root())
     if name == "imagenet":
         imagenet.check(root)
+        return
+    if name in person_reid.NAMES:
+        person_reid.check(name, root)
         return
     require_known(name, root)
     name = GENERATED.get(name, name)

@@ -11,7 +11,9 @@ from common.runtime import EXIT_BAD_INPUT
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__)
-    parser.add_argument("name", help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, ...")
+    parser.add_argument(
+        "name", help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, market1501, ..."
+    )
     parser.add_argument("--root", type=Path, default=data_root(), help="data root (default: REPRO_DATA, else data)")
     parser.add_argument("--allow-partial", action="store_true", help="accept an incomplete imagenet")
     args = parser.parse_args(argv)
@@ -28,6 +30,11 @@ def report(name: str, root: Path, allow_partial: bool) -> None:
         from common.datasets import imagenet
 
         print(imagenet.check(root, allow_partial))
+        return
+    from common.datasets import person_reid
+
+    if name in person_reid.NAMES:
+        print(person_reid.check(name, root))
         return
     prepare(name, root)
     if name in EMBEDDED:

@@ -9,7 +9,7 @@ For a query of identity y and camera c the gallery is
 and what is left after removing junk is ranked by distance, equal distances in the order of the gallery. CMC at k: the share of
 queries with a hit among the first k. A query without any good image has neither: it is skipped, and counted as skipped.
 
-Average precision has two conventions in use; they differ by some tenths of a point, so a number without its convention says little:
+Average precision has two conventions; they differ by some tenths of a point, so say which one a number is:
 
     A, rectangle   mean over the hits of the precision at the hit (deep-person-reid and most libraries)
     B, trapezoid   mean over the hits of the mean of the precisions at and before the hit (Market-1501's Matlab code)
