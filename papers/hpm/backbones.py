@@ -17,7 +17,9 @@ def resnet50(weights: dict[str, Tensor] | None = None) -> nn.Sequential:
         try:
             net.load_state_dict({**net.state_dict(), **{k: v for k, v in weights.items() if not k.startswith("fc.")}})
         except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"not the weights of torchvision's ResNet-50 ({str(error).splitlines()[-1].strip()})") from None
+            raise ValueError(
+                f"not the weights of torchvision's ResNet-50 ({str(error).splitlines()[-1].strip()})"
+            ) from None
         missing = [k for k in net.state_dict() if k not in weights and not k.startswith("fc.")]
         if missing:
             raise ValueError(f"not the weights of torchvision's ResNet-50: {missing[0]} is missing")

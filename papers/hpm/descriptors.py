@@ -64,7 +64,9 @@ def read(folder: str, split: str) -> tuple[Descriptors, dict]:
     """(descriptors, about) of `<folder>/<split>.pt`, which extract.py wrote; UserError where it is not that."""
     path = Path(folder) / f"{split}.pt"
     if not folder or not path.is_file():
-        raise UserError(f"no descriptors at {str(path) if folder else '(empty)'!r}; give the work dir of papers.hpm.extract")
+        raise UserError(
+            f"no descriptors at {str(path) if folder else '(empty)'!r}; give the work dir of papers.hpm.extract"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         about = content.pop("about")
@@ -82,9 +84,10 @@ def match(query: Descriptors, gallery: Descriptors, flip: bool, l2: bool) -> Ret
 def told(found: Retrieval, flip: bool, l2: bool) -> str:
     """A line with everything the numbers depend on."""
     ranks = ", ".join(f"Rank-{k} {found.cmc(k):.2f}" for k in RANKS)
+    flip, l2 = ("on" if used else "off" for used in (flip, l2))
     return (
-        f"mAP {found.map_a:.2f} (A, rectangle) {found.map_b:.2f} (B, trapezoid), {ranks} [%]; flip test {'on' if flip else 'off'}, "
-        f"L2 norm {'on' if l2 else 'off'}, single query, no re-ranking; {found.skipped} of {len(found.first)} queries skipped"
+        f"mAP {found.map_a:.2f} (A, rectangle) {found.map_b:.2f} (B, trapezoid), {ranks} [%]; flip test {flip}, L2 norm {l2}, "
+        f"single query, no re-ranking; {found.skipped} of {len(found.first)} queries skipped"
     )
 
 

@@ -35,7 +35,7 @@ class PyramidHead(nn.Module):
 
 
 class HPM(nn.Module):
-    """Images (N, 3, H, W) -> in training the logits of every bin (bins, N, identities), in evaluation descriptors (N, bins * dim).
+    """Images (N, 3, H, W) -> in training the logits of every bin, (bins, N, identities); else descriptors (N, bins * dim).
 
     backbone: gives a map (N, channels, R, W); R is a multiple of the largest scale.
     pool: "avg+max" as in the paper; "avg" and "max" alone are ablations (the released code has only those).

@@ -55,14 +55,19 @@ def run(config: Config, job: Job) -> Measured:
     )
     order, hits = order[0][order[0] >= 0].tolist(), hits[0][order[0] >= 0].tolist()
     figure, axes = plt.subplots(1, 1 + len(order), figsize=(0.9 * (1 + len(order)), 2.4), squeeze=False)
-    shown = [(queries, config.query, "black"), *((images, k, HIT if hit else MISS) for k, hit in zip(order, hits, strict=True))]
+    shown = [
+        (queries, config.query, "black"),
+        *((images, k, HIT if hit else MISS) for k, hit in zip(order, hits, strict=True)),
+    ]
     for axis, (people, k, colour) in zip(axes[0], shown, strict=True):
         axis.imshow(people.picture(k).numpy())
         axis.set(xticks=[], yticks=[])
         axis.set_title(f"{int(people.ids[k])} c{int(people.cameras[k])}", fontsize=7)
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=3)
-    axes[0, 0].set_xlabel(f"query\nflip {'on' if config.flip else 'off'}\nL2 {'on' if config.l2 else 'off'}", fontsize=6)
+    axes[0, 0].set_xlabel(
+        f"query\nflip {'on' if config.flip else 'off'}\nL2 {'on' if config.l2 else 'off'}", fontsize=6
+    )
     save(figure, job.work_dir / f"rank-{config.query}.png")
     return Measured(
         metrics={"hits": {"last": sum(hits), "n": len(hits)}},

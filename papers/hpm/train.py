@@ -63,7 +63,9 @@ class Config:
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 2: batch norm needs two images")
         if self.weights and self.backbone != "resnet50":
-            raise ValueError(f"weights are for the ResNet-50, not for backbone={self.backbone}; leave one of the two out")
+            raise ValueError(
+                f"weights are for the ResNet-50, not for backbone={self.backbone}; leave one of the two out"
+            )
 
 
 def open_split(config: Config, job: Job, split: str, **options) -> People:

@@ -1,7 +1,7 @@
 """pyramid_pool: horizontal pyramid pooling of all scales and both poolings in one pass over the map.
 
-By definition the last map is read once for every scale and pooling, 8 times. But the bins of a coarse scale are unions of those of
-the finest: sums add up, maxima are maxima of maxima. So the map is read once, for the finest bins.
+By definition the last map is read once for every scale and pooling, 8 times. But the bins of a coarse scale are unions of
+those of the finest: sums add up, maxima are maxima of maxima. So the map is read once, for the finest bins.
 """
 
 import torch
@@ -14,13 +14,15 @@ __all__ = ["pyramid_pool", "reference"]
 POOLS = ("avg+max", "avg", "max")
 
 
-def pyramid_pool(x: Tensor, scales: tuple[int, ...] = (1, 2, 4, 8), pool: str = "avg+max", impl: str = "auto") -> Tensor:
+def pyramid_pool(
+    x: Tensor, scales: tuple[int, ...] = (1, 2, 4, 8), pool: str = "avg+max", impl: str = "auto"
+) -> Tensor:
     """(N, C, H, W) -> (bins, N, C) of the dtype of x; see `reference` for the definition.
 
     The gradient of a maximum goes to the first of equal values, row by row, as that of torch's adaptive pool does on a CPU.
     NaN in a bin is NaN in its result with torch; with Triton only where averages are asked for too.
-    impl: "auto" takes Triton for CUDA tensors when all scales are powers of two, and torch otherwise. ValueError unless each scale
-    divides the largest, and that one H.
+    impl: "auto" takes Triton for CUDA tensors when all scales are powers of two, and torch otherwise. ValueError unless
+    each scale divides the largest, and that one H.
     """
     _check(x, scales, pool, impl)
     powers = all(scale & (scale - 1) == 0 for scale in scales)
@@ -34,7 +36,9 @@ def pyramid_pool(x: Tensor, scales: tuple[int, ...] = (1, 2, 4, 8), pool: str = 
 
 
 def _torch(x: Tensor, scales: tuple[int, ...], pool: str) -> Tensor:
-    fine = x.flatten(2).unflatten(2, (max(scales), -1))  # (N, C, finest bins, values): a view, also of channels_last maps
+    fine = x.flatten(2).unflatten(
+        2, (max(scales), -1)
+    )  # (N, C, finest bins, values): a view, also of channels_last maps
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = fine.sum(3, dtype=dtype) if "avg" in pool else None
     tops = _maximum(fine).to(dtype) if "max" in pool else None
@@ -64,7 +68,9 @@ def _check(x: Tensor, scales: tuple[int, ...], pool: str, impl: str) -> None:
     if pool not in POOLS:
         raise ValueError(f"unknown pool {pool!r}, expected one of {', '.join(POOLS)}")
     if x.dim() != 4 or not x.dtype.is_floating_point or 0 in x.shape[1:]:
-        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}, expected (N, C, H, W) of a floating dtype, nothing but N zero")
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype}, expected (N, C, H, W) of a floating dtype, nothing but N zero"
+        )
     if not scales or min(scales) < 1 or any(max(scales) % scale for scale in scales) or x.shape[2] % max(scales):
         raise ValueError(
             f"scales {tuple(scales)} on a map of {x.shape[2]} rows; expected each to divide the largest, and that one the rows"

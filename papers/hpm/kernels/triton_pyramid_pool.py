@@ -15,6 +15,24 @@ VALUES = 4096  # of the map in one program, about
 
 
 @triton.jit
+def _pool(sums, tops, first, out, place, n, n_images, c, channels, offset, bins: tl.constexpr, AVG: tl.constexpr,
+          MAX: tl.constexpr, FINE: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The bins of one scale, which start at bin `offset` of the result, from the finest bins."""
+    target = ((offset + tl.arange(0, bins)).to(tl.int64)[None, :] * n_images + n) * channels + c[:, None]
+    keep = (c < channels)[:, None] & (tl.arange(0, bins) >= 0)[None, :]
+    found = tl.zeros((BLOCK, bins), ACC)
+    if AVG:
+        found += tl.sum(tl.reshape(sums, (BLOCK, bins, FINE // bins)), 2) / (FINE * M // bins)
+    if MAX:
+        parts = tl.reshape(tops, (BLOCK, bins, FINE // bins))
+        top = tl.max(parts, 2)
+        firsts = tl.reshape(first, (BLOCK, bins, FINE // bins))
+        tl.store(place + target, tl.min(tl.where(parts == top[:, :, None], firsts, NOWHERE), 2), keep)
+        found += top
+    tl.store(out + target, found.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
 def _forward(x, out, place, n_images, channels, scales, n_scales: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr,
              FINE: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -23,26 +41,30 @@ def _forward(x, out, place, n_images, channels, scales, n_scales: tl.constexpr, 
     there = (c < channels)[:, None, None] & (tl.arange(0, WIDE) < M)[None, None, :]
     values = tl.load(x + (n * channels + c.to(tl.int64))[:, None, None] * (FINE * M) + at, there, 0.0).to(ACC)
     sums = tl.sum(values, 2)
-    inside = tl.where(there, values, float("-inf"))
-    tops = tl.max(inside, 2)
-    first = tl.min(tl.where((inside == tops[:, :, None]) & there, at, NOWHERE), 2)
+    values = tl.where(there, values, float("-inf"))
+    tops = tl.max(values, 2)
+    first = tl.min(tl.where((values == tops[:, :, None]) & there, at, NOWHERE), 2)
     offset = 0
     for k in tl.static_range(n_scales):
-        bins: tl.constexpr = scales[k]
-        row = (offset + tl.arange(0, bins)).to(tl.int64)
-        target = (row[None, :] * n_images + n) * channels + c[:, None]
-        keep = (c < channels)[:, None] & (tl.arange(0, bins) >= 0)[None, :]
-        found = tl.zeros((BLOCK, bins), ACC)
-        if AVG:
-            found += tl.sum(tl.reshape(sums, (BLOCK, bins, FINE // bins)), 2) / (FINE * M // bins)
-        if MAX:
-            parts = tl.reshape(tops, (BLOCK, bins, FINE // bins))
-            top = tl.max(parts, 2)
-            firsts = tl.reshape(first, (BLOCK, bins, FINE // bins))
-            tl.store(place + target, tl.min(tl.where(parts == top[:, :, None], firsts, NOWHERE), 2), keep)
-            found += top
-        tl.store(out + target, found.to(out.dtype.element_ty), keep)
-        offset += bins
+        _pool(sums, tops, first, out, place, n, n_images, c, channels, offset, scales[k], AVG, MAX, FINE, M, ACC, BLOCK)
+        offset += scales[k]
+
+
+@triton.jit
+def _spread(grad, place, at, n, n_images, c, channels, offset, bins: tl.constexpr, AVG: tl.constexpr, MAX: tl.constexpr,
+            FINE: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """What the bins of one scale give to every value of the map."""
+    row = (offset + tl.arange(0, FINE) // (FINE // bins)).to(tl.int64)  # of each finest bin: the bin that holds it
+    source = (row[None, :] * n_images + n) * channels + c[:, None]
+    keep = (c < channels)[:, None] & (tl.arange(0, FINE) >= 0)[None, :]
+    g = tl.load(grad + source, keep, 0.0).to(ACC)[:, :, None]
+    found = tl.zeros_like(g)
+    if AVG:
+        found = g / (FINE * M // bins)
+    if MAX:
+        where = tl.load(place + source, keep, NOWHERE)[:, :, None]
+        found += tl.where(at == where, g, tl.zeros_like(g))
+    return found
 
 
 @triton.jit
@@ -55,17 +77,8 @@ def _backward(grad, place, d_x, n_images, channels, scales, n_scales: tl.constex
     total = tl.zeros((BLOCK, FINE, WIDE), ACC)
     offset = 0
     for k in tl.static_range(n_scales):
-        bins: tl.constexpr = scales[k]
-        row = (offset + tl.arange(0, FINE) // (FINE // bins)).to(tl.int64)  # of each finest bin: the bin that holds it
-        source = (row[None, :] * n_images + n) * channels + c[:, None]
-        keep = (c < channels)[:, None] & (tl.arange(0, FINE) >= 0)[None, :]
-        g = tl.load(grad + source, keep, 0.0).to(ACC)
-        if AVG:
-            total += (g / (FINE * M // bins))[:, :, None]
-        if MAX:
-            where = tl.load(place + source, keep, NOWHERE)
-            total += tl.where(at == where[:, :, None], g[:, :, None], 0.0)
-        offset += bins
+        total += _spread(grad, place, at, n, n_images, c, channels, offset, scales[k], AVG, MAX, FINE, M, ACC)
+        offset += scales[k]
     target = d_x + (n * channels + c.to(tl.int64))[:, None, None] * (FINE * M) + at
     tl.store(target, total.to(d_x.dtype.element_ty), there)
 
