@@ -62,6 +62,10 @@ class Config:
             raise ValueError("epochs, batch_size, log_every and save_every must be at least 1")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 2: batch norm needs two images")
+        if self.dim < 1 or not 0 <= self.smoothing < 1:
+            raise ValueError(
+                f"dim is {self.dim} and smoothing {self.smoothing}; expected dim >= 1 and 0 <= smoothing < 1"
+            )
         if self.weights and self.backbone != "resnet50":
             raise ValueError(
                 f"weights are for the ResNet-50, not for backbone={self.backbone}; leave one of the two out"
@@ -84,21 +88,25 @@ def loader_of(config: Config, job: Job, people: People, train: bool = False):
 
 def build(config: Config, identities: int) -> HPM:
     """The network of a config; UserError where its numbers do not fit each other."""
-    try:
-        if config.backbone == "small":
-            backbone, channels, stride = small(), 64, 4
-        else:
-            backbone, channels, stride = resnet50(_weights(config.weights)), 2048, 16
-        model = HPM(backbone, channels, identities, config.dim, config.scales, config.pool, config.erasing)
-    except ValueError as error:
-        raise UserError(f"{config.weights}: {error}" if "weights" in str(error) else str(error)) from None
-    rows, scales = config.height // stride, config.scales
-    if config.height % stride or min(scales) < 1 or rows % max(scales) or any(max(scales) % scale for scale in scales):
+    stride, scales = (4 if config.backbone == "small" else 16), config.scales
+    largest = max(scales, default=0)
+    if min(scales, default=0) < 1 or config.height % (stride * largest) or any(largest % scale for scale in scales):
         raise UserError(
             f"images of height {config.height} give maps of {config.height / stride:g} rows, which scales {list(scales)} do not "
             f"divide; expected each scale to divide the largest, and height to be a multiple of {stride} x the largest"
         )
-    return model
+    if config.backbone == "small":
+        backbone, channels = small(), 64
+    else:
+        weights = _weights(config.weights)
+        try:
+            backbone, channels = resnet50(weights), 2048
+        except ValueError as error:
+            raise UserError(f"{config.weights}: {error}") from None
+    try:
+        return HPM(backbone, channels, identities, config.dim, scales, config.pool, config.erasing)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _weights(name: str) -> dict | None:
