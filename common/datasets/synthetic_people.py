@@ -263,24 +263,26 @@ def draw_samples(path: Path, size: int = 64) -> None:
     from matplotlib.figure import Figure
 
     people = load("train", identities=6, size=size)
-    figure = Figure(figsize=(9.5, 7.2), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1.15))
-    axes = upper.subplots(3, 16)
-    for k, axis in enumerate(axes.flat):
-        person, column = divmod(k, 8)
-        index = person * 16 + column // 2 * 4 + column % 2
-        axis.imshow(people.images[index].numpy(), interpolation="nearest")
-        axis.set_title(f"{int(people.ids[index])} c{int(people.cameras[index])}", fontsize=7)
-    rows = {"clean": (0.0, 0.0), "shifted": (0.0, 0.15), "occluded": (1.0, 0.0)}
-    below = lower.subplots(3, 16)
-    for row, (name, (occlusion, shift)) in zip(below, rows.items(), strict=True):
+    chosen = people.subset((torch.arange(len(people)) % 4) < 2)
+    rows = [("two people", part.images, _captions(part)) for part in map(chosen.subset, torch.arange(48).split(16))]
+    for name, occlusion, shift in (("clean", 0.0, 0.0), ("shifted", 0.0, 0.15), ("occluded", 1.0, 0.0)):
         queries = load("query", identities=4, size=size, occlusion=occlusion, shift=shift)
-        for axis, image in zip(row, queries.images, strict=True):
-            axis.imshow(image.numpy(), interpolation="nearest")
-        row[0].set_title(name, fontsize=8, loc="left")
-    for axis in [*axes.flat, *below.flat]:
-        axis.set_axis_off()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=80, metadata={"Software": None}))
+        rows.append((f"queries, {name}", queries.images, _captions(queries)))
+    figure = Figure(figsize=(9.5, 10), layout="constrained")
+    for axis, (name, images, captions) in zip(figure.subplots(len(rows), 1), rows, strict=True):
+        framed = torch.nn.functional.pad(images, (0, 0, 1, 1), value=255)
+        axis.imshow(torch.cat(framed.unbind(), 1).numpy(), interpolation="nearest")
+        axis.set_xticks([(k + 0.5) * framed.shape[2] for k in range(len(captions))], captions, fontsize=7)
+        axis.set_yticks([])
+        axis.set_ylabel(name, fontsize=8)
+        axis.tick_params(length=0)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=64, metadata={"Software": None}))
+
+
+def _captions(people: People) -> list[str]:
+    return [f"{i} c{c}" for i, c in zip(people.ids.tolist(), people.cameras.tolist(), strict=True)]
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ def test_counts_are_those_of_the_official_sets(tmp_path, monkeypatch):
     market = OFFICIAL["market1501"]
     assert market.counts["gallery"][0] == 3_819 + 2_798 + 13_115
     plant(tmp_path, "market1501")
-    message = "12,936 images are expected|12,936 are expected"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="3 images where 12,936 are expected; 2 identities where 751 are expected"):
         load("market1501", "train", tmp_path)
     counts = {"train": (3, 2), "query": (1, 1), "gallery": (3, 1)}
     small = person_reid.Official(market.folder, counts, {-1: 1, 0: 1})
@@ -84,6 +83,32 @@ def test_counts_are_those_of_the_official_sets(tmp_path, monkeypatch):
     (gallery / "0000_c2s1_000151_01.jpg").rename(gallery / "0004_c2s1_000151_01.jpg")
     with pytest.raises(UserError, match=r"2 identities where 1 are expected; 0 images of 0 where 1 are expected"):
         load("market1501", "gallery", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"), [("market1501", ("query", "gallery")), ("cuhk03_np_detected", ("train", "gallery"))]
+)
+def test_a_tree_of_the_official_size_is_accepted(tmp_path, name, splits):
+    """Empty files under official names, as many and of as many people as the official sets have; one more is refused."""
+    official = OFFICIAL[name]
+    for split in splits:
+        images, people = official.counts[split]
+        folder = tmp_path / official.folder / person_reid.FOLDERS[split]
+        folder.mkdir(parents=True)
+        strays = [stray for stray, n in official.strays.items() for _ in range(n)] if split == "gallery" else []
+        ids = strays + [1 + k % people for k in range(images - len(strays))]
+        end = "jpg" if name == "market1501" else "png"
+        for k, identity in enumerate(ids):
+            (folder / f"{identity:04}_c{1 + k % 2}s1_{k:06}_00.{end}").touch()
+        found = load(name, split, tmp_path)
+        assert (len(found), int((found.identities > 0).sum())) == (images, people)
+        assert int((found.ids == -1).sum()) == (3_819 if strays else 0)
+        assert int((found.ids == 0).sum()) == (2_798 if strays else 0)
+        (folder / f"0001_c1s1_999999_00.{end}").touch()
+        with pytest.raises(
+            UserError, match=f"holds {images + 1:,} images where {images:,} are expected; it is not the"
+        ):
+            load(name, split, tmp_path)
 
 
 def test_bad_trees_are_told_in_one_line(tmp_path, capsys):
