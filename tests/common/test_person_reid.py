@@ -139,6 +139,15 @@ def test_files_are_resized_flipped_and_numbered(tmp_path):
     loader = batches(train, 3, seed=0, world=ONE, train=True, size=(24, 12), workers=0)
     (x, y), *more = list(loader.epoch(0))
     assert more == []
+    image = Image.open(train.paths[0])
+    image.putpixel((0, 0), (255, 255, 255))
+    image.save(train.paths[0].with_suffix(".png"))  # a JPEG would blur the corner
+    marked = person_reid.People(
+        "market1501", "train", train.ids[:1], train.cameras[:1], "", paths=(train.paths[0].with_suffix(".png"),)
+    )
+    one = batches(marked, 1, seed=0, world=ONE, train=True, size=(16, 8), workers=0)
+    sides = {bool(x[0, 1, 0, 0] > x[0, 1, 0, -1]) for epoch in range(12) for x, _ in one.epoch(epoch)}
+    assert sides == {True, False}, "mirrored in some epochs"
     assert x.shape == (3, 3, 24, 12)
     assert sorted(y.tolist()) == [0, 0, 1]
     gallery = load("market1501", "gallery", tmp_path, partial=True)
@@ -272,9 +281,15 @@ def test_batches_of_images_in_memory():
     assert torch.equal(torch.cat(index), torch.arange(160))
     mean, std = (torch.tensor(t)[:, None, None] for t in (made.mean, made.std))
     assert ((torch.cat(x) * std + mean) * 255).round().byte().equal(made.images.permute(0, 3, 1, 2))
-    loader = batches(made, 8, 0, ONE, train=True)
-    labels = torch.cat([y for _, y in loader.epoch(0)])
+    x, labels = (torch.cat(parts) for parts in zip(*batches(made, 8, 0, ONE, train=True).epoch(0), strict=True))
     assert labels.bincount().tolist() == [4] * 40
+    pixels = ((x * std + mean) * 255).round().byte().flatten(1)
+    plain = made.images.permute(0, 3, 1, 2)
+    as_they_are, mirrored = (
+        (pixels[:, None] == t.flatten(1)[None]).all(2).any(1) for t in (plain, plain.flip(3))
+    )  # fmt: skip
+    assert (as_they_are ^ mirrored).all()
+    assert 0.35 < mirrored.float().mean() < 0.65, "half of them, each with probability 1/2"
 
 
 @pytest.mark.parametrize(
