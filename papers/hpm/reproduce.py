@@ -146,28 +146,35 @@ ARMS = {  # descriptors of 480 numbers (three scales: 476), equal epochs
     "max": {"pool": "max"},
     "erasing": {"erasing": 0.5},
 }
-QUERIES = {  # the same people in the same pose, light and noise; the gallery has obstacles and shifts of its own
-    "clean": {"occlusion": 0.0, "shift": 0.0},
-    "occluded": {"occlusion": 1.0, "shift": 0.0},
-    "shifted": {"occlusion": 0.0},
+EXACT = {"occlusion": 0.0, "shift": 0.0}
+GALLERIES = {"usual": {}, "exact": EXACT}
+KINDS = {  # of queries, and their gallery: the same people in the same pose, light and noise
+    "clean": (EXACT, "usual"),
+    "occluded": ({"occlusion": 1.0, "shift": 0.0}, "usual"),
+    "shifted": ({"occlusion": 0.0}, "usual"),
+    "aligned": (EXACT, "exact"),
 }
 
 
 def arms(tier: str, job: Job) -> Measured:
-    """All arms on drawn people from the same seed; mAP (A, flip test, L2 norm) and Rank-1 on three kinds of queries."""
+    """All arms on drawn people from the same seed; mAP (A, flip test, L2 norm) and Rank-1 for every kind of query."""
     metrics, done = {}, {}
     for arm, changed in ARMS.items():
         config = load_config(train.Config, FOLDER, tier, "train", **changed)
         done[arm] = train.run(config, job.sub(arm))
         metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
         model = trained_model(str(job.work_dir / arm))[0].to(job.device)
-        gallery = train.describe(config, job, model, train.open_split(config, job, "gallery"))
-        for kind, options in QUERIES.items():
-            people = train.open_split(config, job, "query", **options)
-            result = match(train.describe(config, job, model, people), gallery, flip=True, l2=True)
-            metrics |= {f"{arm}_{kind}_map": metric(result.map_a, len(people))}
-            metrics |= {f"{arm}_{kind}_rank1": metric(result.cmc(1), len(people))}
-    for kind in QUERIES:
+
+        def described(split: str, options: dict, config=config, model=model):
+            return train.describe(config, job, model, train.open_split(config, job, split, **options))
+
+        galleries = {name: described("gallery", options) for name, options in GALLERIES.items()}
+        for kind, (options, gallery) in KINDS.items():
+            query = described("query", options)
+            result = match(query, galleries[gallery], flip=True, l2=True)
+            metrics |= {f"{arm}_{kind}_map": metric(result.map_a, len(query.ids))}
+            metrics |= {f"{arm}_{kind}_rank1": metric(result.cmc(1), len(query.ids))}
+    for kind in KINDS:
         metrics[f"{kind}_gap"] = metric(metrics[f"pyramid_{kind}_map"]["last"] - metrics[f"global_{kind}_map"]["last"])
     last = done["pyramid"]
     return Measured(

@@ -75,9 +75,7 @@ def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
                 if dtype == torch.float32:
                     _gate(name, op, x, grad)
             for mode, call, moved in (("fwd", _forward, 1), ("full", _gradients, 2)):
-                times = _interleaved(
-                    {name: partial(call, op, x, grad) for name, op in ops.items()}, cuda, 1 if quick else 3
-                )
+                times = _interleaved({name: partial(call, op, x, grad) for name, op in ops.items()}, cuda, 3)
                 for name, ms in times.items():
                     gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
                     row = {"impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": tuple(x.shape), "ms": ms}
