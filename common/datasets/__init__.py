@@ -72,10 +72,10 @@ def _generate(name: str, split: str, root: Path, **options) -> Images:
 def prepare(name: str, root: Path | None = None) -> None:
     """The step behind `make data DATASET=<name>`: fetch or find, verify, convert. Does nothing that is already done.
 
-    Embedded sets need nothing, other generated ones what they are made from; of `imagenet` and of sets with boxes it is
-    only checked that they are there.
+    Embedded sets need nothing, other generated ones what they are made from; of `imagenet`, of sets with boxes and of the
+    person re-identification sets it is only checked that they are there.
     """
-    from common.datasets import detection, imagenet, official  # need torchvision; loading a small set does not
+    from common.datasets import detection, imagenet, official, person_reid  # need torchvision; a small set does not
 
     root = Path(root or data_root())
     if name == "imagenet":
@@ -83,6 +83,9 @@ def prepare(name: str, root: Path | None = None) -> None:
         return
     if detection.is_set(name, root):
         detection.splits(name, root)
+        return
+    if name in person_reid.NAMES:
+        person_reid.check(name, root)
         return
     require_known(name, root)
     name = GENERATED.get(name, name)

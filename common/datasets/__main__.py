@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=__doc__)
     parser.add_argument(
         "name",
-        help="digits, cluttered_digits, large_canvas, cifar10, cifar100, mnist, imagenet, digit_scenes, coco, bccd...",
+        help="digits, cluttered_digits, large_canvas, cifar10, mnist, imagenet, digit_scenes, coco, bccd, market1501...",
     )
     parser.add_argument("--root", type=Path, default=data_root(), help="data root (default: REPRO_DATA, else data)")
     parser.add_argument("--allow-partial", action="store_true", help="accept an incomplete imagenet")
@@ -36,6 +36,11 @@ def report(name: str, root: Path, allow_partial: bool) -> None:
         if name == detection.SCENES:
             print(f"{name} is embedded: nothing to fetch")
         print("\n".join(detection.describe(name, root)))
+        return
+    from common.datasets import person_reid
+
+    if name in person_reid.NAMES:
+        print(person_reid.check(name, root))
         return
     prepare(name, root)
     if name in EMBEDDED:
