@@ -21,8 +21,8 @@ SHAPES = [  # B, C, H, W
     (2, 3, 7, 5),
     (1, 2, 1, 1),
     (1, 9, 17, 2),  # over one word of marks
-    (1, 1, 123, 9),
-    (1, 1, 2, 123),
+    (1, 1, 37, 9),  # over two words
+    (1, 1, 2, 37),
     (1, 9, 33, 8),  # more lanes than a program, more than two strips
     (0, 2, 3, 3),
     (2, 3, 0, 4),
