@@ -147,7 +147,7 @@ class _Folder(ImageFolder):
 
     def __init__(self, folder: Path, transform: Callable | None, names: list[str]):
         self.names = names
-        super().__init__(folder, transform, loader=_open)
+        super().__init__(folder, transform, loader=open_rgb)
 
     def find_classes(self, directory):
         return self.names, {name: label for label, name in enumerate(self.names)}
@@ -183,7 +183,7 @@ class _Seeded(Dataset):
                 set_rng_state(before)
 
 
-def _open(path: str) -> Image.Image:
+def open_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -24,7 +24,7 @@ from torchvision import transforms
 
 from common.datasets import DeviceLoader, Images
 from common.datasets.classification import FolderLoader, per_rank
-from common.datasets.imagenet import MEAN, STD, _open
+from common.datasets.imagenet import MEAN, STD, open_rgb
 from common.datasets.images import data_root, fingerprint, make_data
 from common.errors import UserError
 
@@ -122,7 +122,7 @@ class People:
         """(H, W, 3) uint8, as it is, for figures."""
         if self.images is not None:
             return self.images[index]
-        return transforms.functional.pil_to_tensor(_open(str(self.paths[index]))).permute(1, 2, 0)
+        return transforms.functional.pil_to_tensor(open_rgb(str(self.paths[index]))).permute(1, 2, 0)
 
 
 def load(name: str, split: str, root: Path | None = None, partial: bool = False, **options) -> People:
@@ -205,7 +205,7 @@ class _Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        return self.transform(_open(str(self.paths[index]))), self.labels[index]
+        return self.transform(open_rgb(str(self.paths[index]))), self.labels[index]
 
 
 # ------------------------------------------------------------------------------------------------ official trees
