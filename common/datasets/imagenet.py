@@ -184,6 +184,7 @@ class _Seeded(Dataset):
 
 
 def open_rgb(path: str) -> Image.Image:
+    """The image of a file in RGB. Raises UserError, naming it, for one that does not open."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
