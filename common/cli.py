@@ -92,6 +92,12 @@ def load_config(config_class: type, folder: Path, name: str, section: str, **ove
     return build_config(config_class, {**(content[section] or {}), **overrides}, f"{path} [{section}]")
 
 
+def config_of(config_class: type, identity: dict, where: str):
+    """The config that the identity of a checkpoint (see common.checkpoints) holds among other things, checked."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return build_config(config_class, {key: value for key, value in identity.items() if key in known}, where)
+
+
 def parse_settings(pairs: list[str]) -> dict:
     """`key=value ...` of --set; a value is read as YAML (`8`, `0.1`, `true`, `[1, 2]`, text)."""
     settings = {}

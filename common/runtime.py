@@ -86,6 +86,11 @@ def set_up_world(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
+def require_one_process(world: World, script: str) -> None:
+    if world.size > 1:
+        raise UserError(f"{script} runs in one process; start it without torchrun")
+
+
 def _leave_world() -> None:
     """At exit: gloo's threads hold the tensors of the last call for a while, and abort once the interpreter is gone."""
     if dist.is_initialized():

@@ -37,6 +37,11 @@ class Part:
     size: int
     digests: dict[str, str]
 
+    def require_classes(self, classes: int) -> None:
+        """UserError unless the split has as many classes as a checkpoint."""
+        if self.classes != classes:
+            raise UserError(f"the checkpoint has {classes} classes, {next(iter(self.digests))} has {self.classes}")
+
 
 def part(config, job, which: str) -> Part:
     """Training batches are shuffled, augmented, of full size; held-out and test: each image once, in a fixed order."""

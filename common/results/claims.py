@@ -72,6 +72,7 @@ class RunSpec(Part):
     experiment: str
     tier: Tier
     seeds: list[int] = Field(min_length=1)
+    device: Literal["cpu", "cuda"] | None = None  # None: quick counts runs on a CPU, the others those on a GPU, if any
 
 
 class Claim(Part):

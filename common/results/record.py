@@ -18,7 +18,9 @@ def promote(run: Path, papers: Path = claims.PAPERS) -> Path:
             f"no claim of {record['paper']} is measured by experiment {record['experiment']!r}; "
             f"experiments: {', '.join(sorted(experiments))}"
         )
-    target = folder / "results" / records.file_name(record)
+    target = folder / "results" / f"{records.name_of(record)}.json"
+    if target.exists() and (repeats := records.repeated(records.read_record(target), record)):
+        record["repeats"] = repeats
     write_json(target, record)
     return target
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import resource
@@ -38,6 +39,16 @@ class Measured:
     curve: list = field(default_factory=list)
     artifacts: dict = field(default_factory=dict)  # small things worth keeping: a genotype, a table
     weights_sha256: str | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, float], **more) -> "Measured":
+        """Plain numbers, each as the one value of its metric."""
+        return cls({name: metric(value) for name, value in values.items()}, **more)
+
+
+def metric(value: float, n: int | None = None) -> dict:
+    """The entry of a metric that has one value; n: how many test samples it is of."""
+    return {"last": value if isinstance(value, int) else float(value)} | ({"n": n} if n else {})
 
 
 def code_digest(folder: Path, tier: str) -> str:
@@ -193,8 +204,42 @@ def load_records(folder: Path) -> list[dict]:
     return [read_record(path) for path in sorted((folder / "results").glob("*.json"))]
 
 
-def file_name(record: dict) -> str:
-    return f"{record['experiment']}-{record['tier']}-s{record['seed']}.json"
+def run_name(experiment: str, tier: str, device: str, seed: int) -> str:
+    """`arms-quick-s0`; on a GPU `arms-quick-cuda-s0`: the two are different evidence and never replace each other."""
+    return f"{experiment}-{tier}{'' if device == 'cpu' else f'-{device}'}-s{seed}"
+
+
+def name_of(record: dict) -> str:
+    return run_name(record["experiment"], record["tier"], record["hardware"]["device"], record["seed"])
+
+
+def repeated(before: dict, record: dict) -> dict[str, list[str]]:
+    """{code digest: metrics} that `record` measured again, for the digest of `before`, its predecessor of other code.
+
+    Where the weights came out to the last bit, and curve and metric as printed (float32 or float64 arithmetic may end
+    them), the change of code in between moved nothing: records of other seeds by the older code stand for the code of now.
+    What `before` repeated of its own predecessors counts on.
+    """
+    if before["code_digest"] == record["code_digest"]:
+        return before.get("repeats", {})
+    if not before["status"] == record["status"] == "ok" or before["weights_sha256"] != record["weights_sha256"]:
+        return {}
+    if not _same(before["curve"], record["curve"]):
+        return {}
+    same = sorted(name for name, values in record["metrics"].items() if _same(before["metrics"].get(name), values))
+    chain = {digest: sorted({*names} & {*same}) for digest, names in before.get("repeats", {}).items()}
+    return chain | {before["code_digest"]: same}
+
+
+def _same(one, other) -> bool:
+    """Equal, numbers to six digits, through lists and mappings."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-5)
+    return one == other
 
 
 def reusable(work_dir: Path, folder: Path, job: Job) -> dict | None:

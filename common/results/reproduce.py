@@ -14,7 +14,7 @@ from common import datasets
 from common.cli import Job, Parser, exit_codes, shared_flags
 from common.errors import UserError
 from common.results import claims, records, tables
-from common.runtime import set_up_world
+from common.runtime import select_device, set_up_world
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,17 @@ class Experiment:
     data: dict[str, tuple[str, ...]] = None
 
 
-def chosen(paper: claims.Paper, experiments: dict[str, Experiment], tier: str, claim_id: str | None) -> list[str]:
-    """Names of the experiments that `tier` (and `claim_id`) ask for, in the order of the claims."""
+def chosen(
+    paper: claims.Paper, experiments: dict[str, Experiment], tier: str, claim_id: str | None, device: str
+) -> list[str]:
+    """Names of the experiments that `tier` (and `claim_id`) ask for on this kind of device, in the order of the claims."""
     wanted = [paper.claim(claim_id)] if claim_id else paper.claims
     if claim_id and wanted[0].blocked:
         raise UserError(f"claim {claim_id} cannot be measured: {wanted[0].blocked}")
-    names = list(
-        dict.fromkeys(c.run.experiment for c in wanted if c.run and tier in experiments[c.run.experiment].tiers)
-    )
+    if claim_id and wanted[0].run.device not in (None, device):
+        raise UserError(f"claim {claim_id} is measured on {wanted[0].run.device}, this run is on {device}; set DEVICE")
+    runs = [claim.run for claim in wanted if claim.run and claim.run.device in (None, device)]
+    names = list(dict.fromkeys(run.experiment for run in runs if tier in experiments[run.experiment].tiers))
     if not names:
         tiers = experiments[wanted[0].run.experiment].tiers if claim_id else sorted(paper.tiers)
         raise UserError(
@@ -44,7 +47,7 @@ def chosen(paper: claims.Paper, experiments: dict[str, Experiment], tier: str, c
 
 def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.Namespace) -> None:
     paper = claims.load_paper(folder)
-    names = chosen(paper, experiments, args.tier, args.claim)
+    names = chosen(paper, experiments, args.tier, args.claim, select_device(args.device).type)
     world = set_up_world(args.device)
     for name in dict.fromkeys(d for n in names for d in (experiments[n].data or {}).get(args.tier, ())):
         if world.is_main:
@@ -52,7 +55,8 @@ def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.N
     found, started = [], time.perf_counter()
     for name in names:
         for seed in args.seeds:
-            work_dir = (args.work_dir or Path("runs") / paper.slug) / f"{name}-{args.tier}-s{seed}"
+            run = records.run_name(name, args.tier, world.device.type, seed)
+            work_dir = (args.work_dir or Path("runs") / paper.slug) / run
             job = Job(seed, world, work_dir, args.data, args.resume, args.deterministic)
             record = records.reusable(work_dir, folder, job) if args.resume == "auto" else None
             if record and world.is_main:

@@ -11,7 +11,8 @@ inconclusive   order only: the difference is inside its standard error
 scaled         a value measured at reduced scale: shown, never compared
 not run, blocked: why
 
-Suffixes: (n=1), `code changed since`, `deviates d1`, `k failed`.
+Suffixes: (n=1), `code changed since` (unless a run of the code of now repeated the older numbers, records.repeated),
+`deviates d1`, `k failed`.
 """
 
 import math
@@ -19,6 +20,7 @@ import statistics
 from dataclasses import dataclass
 
 from common.results.claims import Claim
+from common.results.records import name_of
 
 TIER_ORDER = ("quick", "short", "full")
 
@@ -78,6 +80,8 @@ def judge(claim: Claim, records: list[dict], digests: dict[str, str]) -> Verdict
     if claim.blocked is not None:
         return Verdict("blocked", f"blocked: {claim.blocked}")
     mine = [r for r in records if r["experiment"] == claim.run.experiment]
+    if claim.run.device:
+        mine = [r for r in mine if r["hardware"]["device"] == claim.run.device]
     good = [r for r in mine if r["status"] == "ok" and claim.metric.name in r["metrics"]]
     failed = len([r for r in mine if r["status"] != "ok"])
     suffix = f", {failed} failed" if failed else ""
@@ -86,7 +90,7 @@ def judge(claim: Claim, records: list[dict], digests: dict[str, str]) -> Verdict
     own = [r for r in good if r["tier"] == claim.run.tier]
     tier = claim.run.tier if own else max((r["tier"] for r in good), key=TIER_ORDER.index)
     used = sorted((r for r in good if r["tier"] == tier), key=lambda r: r["seed"])
-    used = [r for r in used if _value(claim, r) is not None]
+    used = _of_one_device([r for r in used if _value(claim, r) is not None], tier)
     if not used:
         return Verdict("not run", "not run" + suffix)
 
@@ -97,12 +101,25 @@ def judge(claim: Claim, records: list[dict], digests: dict[str, str]) -> Verdict
         text += f" at {number(100 * fraction)} % of the paper's scale"
     if len(values) == 1 and claim.kind in ("value", "order"):
         text += " (n=1)"
-    if any(r["code_digest"] != digests[tier] for r in used):
+    if not all(_current(claim, r, used, digests[tier]) for r in used):
         text += ", code changed since"
     if claim.deviates:
         text += ", deviates " + " ".join(claim.deviates)
-    names = tuple(f"{r['experiment']}-{r['tier']}-s{r['seed']}" for r in used)
+    names = tuple(name_of(r) for r in used)
     return Verdict(kind, text + suffix, shown, tier, names)
+
+
+def _of_one_device(records: list[dict], tier: str) -> list[dict]:
+    """Runs on a CPU at the quick tier, on a GPU at the others; the other kind where there is none of these."""
+    wanted = "cpu" if tier == "quick" else "cuda"
+    return [r for r in records if r["hardware"]["device"] == wanted] or records
+
+
+def _current(claim: Claim, record: dict, used: list[dict], digest: str) -> bool:
+    """Measured by the code of now, or by code whose numbers a run of the code of now repeated (records.repeated)."""
+    names = {claim.metric.name, claim.against} - {None}
+    found = [r["repeats"].get(record["code_digest"], ()) for r in used if r["code_digest"] == digest and "repeats" in r]
+    return record["code_digest"] == digest or any(names <= {*repeats} for repeats in found)
 
 
 def _value(claim: Claim, record: dict) -> float | None:

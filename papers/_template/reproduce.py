@@ -3,25 +3,22 @@
 python -m papers._template.reproduce --tier quick
 """
 
-from pathlib import Path
-
-from common.cli import Job, load_config
+from common.cli import Job
 from common.metrics.compute import parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
+from common.results.stages import run_stage
 
 from . import train
 from .model import Network
 
-FOLDER = Path(__file__).parent
-
 
 def costs(tier: str, job: Job) -> Measured:
-    return Measured({"parameters": {"last": parameters(Network())}})
+    return Measured.of({"parameters": parameters(Network())})
 
 
 def digits(tier: str, job: Job) -> Measured:
-    return train.run(load_config(train.Config, FOLDER, tier, "train"), job.sub("train"))
+    return run_stage(train, tier, job, "train")
 
 
 EXPERIMENTS = {

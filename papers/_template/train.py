@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from common import cli, datasets, runtime
 from common.checkpoints import Progress
 from common.cli import Job
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .model import Network
 
@@ -33,13 +33,10 @@ class Config:
             raise ValueError("epochs, batch_size and save_every must be at least 1")
 
 
-@torch.inference_mode()
-def error_rate(model: Network, loader: datasets.DeviceLoader) -> float:
+def error_rate(model: Network, loader: datasets.DeviceLoader, world: runtime.World) -> float:
     """Top-1 error in percent."""
-    model.eval()
-    wrong = sum(len(y) - topk_correct(model(x), y, (1,))[0] for x, y in loader.epoch(0))
-    model.train()
-    return 100 * wrong.item() / loader.samples
+    with evaluating(model):
+        return 100 - accuracies(((model(x), y) for x, y in loader.epoch(0)), world).item()
 
 
 def run(config: Config, job: Job) -> Measured:
@@ -72,7 +69,10 @@ def run(config: Config, job: Job) -> Measured:
                 raise runtime.Stopped(f"training at step {progress.step} of {len(loader) * config.epochs}")
 
     return Measured(
-        metrics={"test_error": {"last": error_rate(model, test_loader), "n": len(tests)}, "chance": {"last": 90.0}},
+        metrics={
+            "test_error": metric(error_rate(model, test_loader, job.world), len(tests)),
+            "chance": metric(90.0),
+        },
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data={f"{s.name}/{s.split}": s.digest for s in (images, tests)},

@@ -7,8 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.metrics.accuracy import accuracy, topk_correct
+from common.metrics.accuracy import accuracies, evaluating, topk_correct
 from common.metrics.compute import element_ops, latency, mult_adds, parameters, peak_memory, saved_bytes
+from common.runtime import World
+
+WORLD = World(0, 1, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ accuracy
@@ -16,8 +19,24 @@ def test_topk_by_hand():
     logits = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 2, 3]])
     labels = torch.tensor([0, 2, 0])  # ranks 0, 1, 2
     assert topk_correct(logits, labels, (1, 2, 3)).tolist() == [1, 2, 3]
-    assert accuracy(logits, labels).item() == pytest.approx(100 / 3)
-    assert accuracy(logits, labels, k=2).item() == pytest.approx(200 / 3)
+    halves = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
+    assert accuracies(halves, WORLD, (1, 2, 3)).tolist() == pytest.approx([100 / 3, 200 / 3, 100])
+    right = nn.functional.one_hot(labels, 3)
+    exits = torch.stack([logits, right, -right])
+    assert accuracies([(exits, labels)], WORLD).tolist() == [[pytest.approx(100 / 3)], [100], [0]]
+
+
+def test_evaluating_brings_back_the_mode_and_computes_without_gradients():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).train()
+    for amp, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with evaluating(model, amp):
+            assert not model.training
+            y = model(torch.zeros(2, 3))
+            assert (y.dtype, y.requires_grad) == (dtype, False)
+        assert model.training
+    with pytest.raises(RuntimeError), evaluating(model):
+        model(torch.zeros(2, 4))
+    assert model.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -62,7 +81,7 @@ def test_topk_refuses(logits, labels, ks):
 
 def test_accuracy_of_nothing():
     with pytest.raises(UserError, match="no samples"):
-        accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+        accuracies([(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))], WORLD)
 
 
 # ------------------------------------------------------------------------------------------------ counts

@@ -115,9 +115,10 @@ def claim(kind="value", reported=2.57, better="lower", **more):
     return claims.Claim.model_validate({**base, **more})
 
 
-def runs(*values, tier="full", fraction=1.0, digest="now", status="ok", **others):
+def runs(*values, tier="full", fraction=1.0, digest="now", status="ok", device="cpu", **others):
     return [
         {"experiment": "e", "tier": tier, "seed": seed, "status": status, "code_digest": digest, "scale": {"fraction": fraction},
+         "hardware": {"device": device}, "weights_sha256": f"w{seed}", "curve": [],
          "metrics": {"m": {"last": v, "best_test": v - 1}, **{k: {"last": o[seed]} for k, o in others.items()}}}
         for seed, v in enumerate(values)
     ]  # fmt: skip
@@ -195,6 +196,47 @@ def test_suffixes():
     assert verdict(c, []).text == "not run"
     blocked = claim(run=None, blocked="no licence")
     assert verdict(blocked, runs(2.57)).text == "blocked: no licence"
+
+
+def test_runs_on_a_cpu_and_on_a_gpu_are_never_mixed():
+    c, quick = claim(), claim(run={"experiment": "e", "tier": "quick", "seeds": [0]})
+    both = runs(1.0, 2.0) + runs(7.0, device="cuda")
+    assert verdict(c, both).records == ("e-full-cuda-s0",)
+    assert verdict(c, both[:2]).records == ("e-full-s0", "e-full-s1")
+    both = runs(1.0, 2.0, tier="quick") + runs(7.0, tier="quick", device="cuda")
+    assert verdict(quick, both).records == ("e-quick-s0", "e-quick-s1")
+    assert verdict(quick, both[2:]).records == ("e-quick-cuda-s0",)
+    gpu = claim(run={"experiment": "e", "tier": "quick", "seeds": [0], "device": "cuda"})
+    assert verdict(gpu, both).records == ("e-quick-cuda-s0",)
+    assert verdict(gpu, both[:2] + runs(0, tier="quick", status="oom")).text == "not run"
+
+
+def test_older_code_counts_once_the_code_of_now_has_repeated_its_numbers():
+    c = claim(tolerance={"abs": 1, "why": "test"})
+    old = runs(2.5, 2.6, 2.7, digest="old")
+    assert verdict(c, old).text == "matches, code changed since"
+    again = runs(2.5)[0]
+    again["repeats"] = records.repeated(old[0], again)
+    assert again["repeats"] == {"old": ["m"]}
+    assert verdict(c, [again, *old[1:]]).text == "matches"
+    older = {**old[1], "code_digest": "older"}
+    assert verdict(c, [again, older, old[2]]).text == "matches, code changed since"
+    ratio = claim("ratio", None, against="b", at_least=0.5)  # b was not measured again
+    assert verdict(ratio, [{**again, "metrics": {**again["metrics"], "b": {"last": 2}}}, *runs(1, 1, b=[1, 1], digest="old")[1:]]
+                   ).text == "trend holds, code changed since"  # fmt: skip
+
+
+def test_what_counts_as_repeated():
+    before, after = runs(2.5, digest="old", b=[1])[0], runs(2.5, b=[1.5])[0]
+    assert records.repeated(before, after) == {"old": ["m"]}  # b moved
+    assert records.repeated(before, {**after, "weights_sha256": "other"}) == {}
+    assert records.repeated(before, {**after, "curve": [{"loss": 1.0}]}) == {}
+    assert records.repeated({**before, "status": "oom"}, after) == {}
+    chained = records.repeated({**before, "repeats": {"older": ["b", "m"], "oldest": ["b"]}}, after)
+    assert chained == {"old": ["m"], "older": ["m"], "oldest": []}
+    assert records.repeated({**before, "code_digest": "now", "repeats": {"older": ["m"]}}, after) == {"older": ["m"]}
+    curves = [{"curve": [{"loss": 1.0, "step": 1}]}, {"curve": [{"loss": 1.0 + 1e-9, "step": 1}]}]
+    assert records.repeated(before | curves[0], after | curves[1]) == {"old": ["m"]}  # float32 or float64 at the end
 
 
 def test_select_best_test():
@@ -338,6 +380,10 @@ def test_record_is_promoted_only_when_a_claim_refers_to_it(tmp_path):
     target = record.promote(tmp_path / "work", tmp_path)
     assert target == folder / "results" / "digits-quick-s3.json"
     assert records.load_records(folder) == [made]
+    (folder / "code.py").write_text("x = 2\n")
+    records.execute(lambda: Measured({"test_error": {"last": 1}}), folder, "digits", "quick", job(tmp_path, 3))
+    record.promote(tmp_path / "work", tmp_path)
+    assert records.load_records(folder)[0]["repeats"] == {made["code_digest"]: ["test_error"]}
     records.execute(lambda: Measured({}), folder, "other", "quick", job(tmp_path))
     with pytest.raises(
         UserError, match="no claim of _template is measured by experiment 'other'; experiments: costs, digits"
@@ -378,12 +424,22 @@ def test_tier_without_experiments_says_which_to_try(tmp_path):
         "costs": reproduce.Experiment(None, ("quick",)),
         "digits": reproduce.Experiment(None, ("quick", "full")),
     }
-    assert reproduce.chosen(paper, experiments, "quick", None) == ["costs", "digits"]
-    assert reproduce.chosen(paper, experiments, "full", "learns") == ["digits"]
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["costs", "digits"]
+    assert reproduce.chosen(paper, experiments, "full", "learns", "cpu") == ["digits"]
     with pytest.raises(UserError, match="nothing to run for parameters at tier full; try TIER=quick"):
-        reproduce.chosen(paper, experiments, "full", "parameters")
+        reproduce.chosen(paper, experiments, "full", "parameters", "cpu")
     with pytest.raises(UserError, match="nothing to run for _template at tier short"):
-        reproduce.chosen(paper, experiments, "short", None)
+        reproduce.chosen(paper, experiments, "short", None, "cpu")
+
+
+def test_what_needs_a_gpu_runs_on_one_alone():
+    paper = changed("claims.0.run.device", "cuda")
+    paper = claims.Paper.model_validate(paper)
+    experiments = dict.fromkeys(("costs", "digits"), reproduce.Experiment(None, ("quick",)))
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["digits"]
+    assert reproduce.chosen(paper, experiments, "quick", None, "cuda") == ["costs", "digits"]
+    with pytest.raises(UserError, match="claim parameters is measured on cuda, this run is on cpu; set DEVICE"):
+        reproduce.chosen(paper, experiments, "quick", "parameters", "cpu")
 
 
 def test_template_reproduces_end_to_end_and_reuses(tmp_path, monkeypatch, capsys):
