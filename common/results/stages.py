@@ -1,8 +1,13 @@
 """Experiments of several stages (a search, then a training; one training an arm) and the one record they leave."""
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 from common.cli import Job, load_config
+from common.errors import UserError
 from common.results.records import Measured
 
 
@@ -43,3 +48,23 @@ def one_record(metrics: dict, stages: dict[str, Measured], main: str, fraction: 
         artifacts=artifacts,
         weights_sha256=whole.weights_sha256,
     )
+
+
+def gpu_tests(script: str) -> Measured:
+    """The tests marked `gpu` of the folder that `script` stands in: how many failed (errors too), how many passed."""
+    slug, root = Path(script).parent.name, Path(script).parents[2]
+    tests = root / "tests" / "papers" / slug
+    if not tests.is_dir():
+        raise UserError(f"no tests at {tests}; an exported folder leaves them behind: run this in the repository")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", str(tests), "-m", "gpu", f"--junitxml={report}"]
+        done = subprocess.run(command, cwd=root)
+        if not report.exists():
+            raise RuntimeError(f"pytest left no report and exit code {done.returncode}")
+        suite = ElementTree.parse(report).find("testsuite").attrib
+    failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
+    passed = int(suite["tests"]) - failed - skipped
+    if not passed + failed:
+        raise RuntimeError(f"no test of {slug} ran: {skipped} skipped")
+    return Measured.of({"failed": failed, "passed": passed, "skipped": skipped})

@@ -11,7 +11,7 @@ from common.cli import Job
 from common.errors import UserError
 from common.metrics import kernel_time
 from common.results.records import Measured, metric
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
 from common.runtime import World
 from papers._template import train
 
@@ -98,3 +98,27 @@ def test_what_does_not_compile_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", refuse)
     assert kernel_time.compiled(torch.sin, torch.zeros(2)) == {}
     assert capsys.readouterr().out == "compiled: left out, RuntimeError: no compiler\n"
+
+
+GPU_TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+def test_right_too(): pass
+def test_wrong(): assert False
+@pytest.mark.skip(reason="for the count")
+def test_skipped(): pass
+"""
+
+
+def test_gpu_tests_are_counted(tmp_path):
+    script, tests = tmp_path / "papers" / "mine" / "reproduce.py", tmp_path / "tests" / "papers" / "mine"
+    with pytest.raises(UserError, match="run this in the repository"):
+        gpu_tests(str(script))
+    tests.mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tests / "test_mine.py").write_text(GPU_TESTS)
+    assert gpu_tests(str(script)).metrics == {"failed": {"last": 1}, "passed": {"last": 2}, "skipped": {"last": 1}}
+    (tests / "test_mine.py").write_text(GPU_TESTS.replace("pytest.mark.gpu", "pytest.mark.skip"))
+    with pytest.raises(RuntimeError, match="no test of mine ran"):
+        gpu_tests(str(script))
