@@ -16,7 +16,7 @@ from common.checkpoints import write_atomic
 from common.cli import Job
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import evaluate, train
 from .conversion import condense
@@ -48,11 +48,11 @@ def run(config: Config, job: Job) -> Measured:
     costs = evaluate.costs(converted, tests.size)
     return Measured(
         metrics={
-            "test_error": {"last": before, "n": tests.samples},
-            "condensed_test_error": {"last": after, "n": tests.samples},
-            "largest_change": {"last": ((found - expected).abs().max() / expected.abs().max()).item()},
+            "test_error": metric(before, tests.samples),
+            "condensed_test_error": metric(after, tests.samples),
+            "largest_change": metric((found - expected).abs().max() / expected.abs().max()),
         }
-        | {name: {"last": value} for name, value in costs.items()},
+        | Measured.of(costs).metrics,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": settings.epochs, "steps": payload["position"]},
         data=tests.digests,

@@ -11,9 +11,8 @@ import torch
 
 from common import cli
 from common.checkpoints import read_checkpoint
-from common.cli import Job, build_config
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
 from common.metrics import compute
 from common.results.records import Measured
 
@@ -30,11 +29,9 @@ class Config:
 
 
 def trained_model(name: str, **changed):
-    """(model, the config it was trained with and `changed`, step) of a checkpoint of train.py."""
-    payload = read_checkpoint(name, "condensenet.train")
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    settings = {key: value for key, value in payload["identity"].items() if key in known} | changed
-    config = build_config(train.Config, settings, name)
+    """(model, the config it was trained with and `changed`, payload) of a checkpoint of train.py."""
+    payload = read_checkpoint(name, train.SCRIPT)
+    config = config_of(train.Config, payload["identity"] | changed, name)
     model = train.build(config, payload["identity"]["classes"])
     model.load_state_dict(payload["state"]["parts"]["model"])
     return model, config, payload
@@ -57,19 +54,16 @@ def run(config: Config, job: Job) -> Measured:
     changed |= {"test_images": config.test_images} if config.test_images >= 0 else {}
     model, settings, payload = trained_model(config.checkpoint, **changed)
     tests = part(settings, job, "test")
-    if tests.classes != payload["identity"]["classes"]:
-        raise UserError(
-            f"the checkpoint has {payload['identity']['classes']} classes, {settings.dataset} has {tests.classes}"
-        )
-    top1, top5 = train.error_rates(settings, model.to(job.device), tests.loader, job.world)
-    metrics = {"test_error": {"last": top1, "n": tests.samples}, "test_error_top5": {"last": top5, "n": tests.samples}}
+    tests.require_classes(payload["identity"]["classes"])
+    errors = train.error_rates(settings, model.to(job.device), tests.loader, job.world)
+    metrics = train.error_metrics(*errors, tests.samples)
     found = {}
     if min(model.densities(), default=0) == 1 / settings.condense_factor:
         metrics |= train.converted_errors(settings, model, tests, job)
         found = {f"condensed_{name}": value for name, value in costs(condense(model), tests.size).items()}
     found |= costs(model, tests.size)
     return Measured(
-        metrics=metrics | {name: {"last": value} for name, value in found.items()},
+        metrics=metrics | Measured.of(found).metrics,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": settings.epochs, "steps": payload["position"]},
         data=tests.digests,

@@ -5,30 +5,25 @@ python -m papers.condensenet.reproduce --tier quick
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.cli import Job, load_config
+from common.cli import Job
 from common.metrics.compute import mult_adds, parameters
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import train
 from .bench import speed_bench
 from .conversion import condense, condensed_like
 from .cost import authors_mult_adds, counted_parameters
-from .kernels.bench import kernel_bench
+from .kernels.bench import SHAPES, kernel_bench
 from .model import CondenseNet, condensenet, condensenet_imagenet, condensenet_light, densenet_bc
 
-FOLDER = Path(__file__).parent
 IMAGES_SEEN = {"cifar10": 300 * 50_000, "cifar100": 300 * 50_000, "cluttered_digits": 300 * 50_000,
                "imagenet": 120 * 1_281_167}  # fmt: skip
-
-
-def metric(value: float) -> dict:
-    return {"last": value}
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
@@ -65,7 +60,7 @@ def costs(tier: str, job: Job) -> Measured:
     found["conversion_difference"] = conversion_difference(torch.float32)
     found["conversion_difference_float64"] = conversion_difference(torch.float64)
     found["largest_density_error"] = max(density_error(steps) for steps in (6, 7, 10, 100))
-    return Measured({name: metric(value) for name, value in found.items()})
+    return Measured.of(found)
 
 
 def as_the_authors_count(name: str, model: CondenseNet, size: int) -> dict[str, float]:
@@ -113,40 +108,31 @@ def speed(tier: str, job: Job) -> Measured:
             found[f"{row}_b{batch}_ms"] = r["ms"]
         for row in ("dense", "layers"):
             found[f"{row}_b{batch}_time"] = min(found[f"{row}_b{batch}_time"], found[f"{row}_last_b{batch}_time"])
-    return Measured(
-        {name: metric(value) for name, value in found.items()},
-        config={"depth": 86, "batches": [64, 1], "size": 32, "threads": torch.get_num_threads()},
-        artifacts=tables | {"kernel": kernel_bench(job.device.type, quick=True)},
-    )
+    settings = {"depth": 86, "batches": [64, 1], "size": 32, "threads": torch.get_num_threads()}
+    return Measured.of(found, config=settings, artifacts=tables)
+
+
+def kernels(tier: str, job: Job) -> Measured:
+    """The Triton kernel against copying, the eager definition and its torch.compile: the last layers of block 3, NCHW."""
+    rows = kernel_bench(job.device.type)
+    mine = [row for row in rows if row["shape"] == SHAPES[2] and row["layout"] == "nchw"]
+    found = {f"{row['impl']}_{row['dtype']}_ms": row["ms"] for row in mine}
+    found |= {f"{row['impl']}_{row['dtype']}_gb_per_s": row["gb_per_s"] for row in mine}
+    found["copy_gb_per_s"] = mine[0]["gb_per_s"] / mine[0]["of_copy"]
+    return Measured.of(found, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
-def recorded(metrics: dict[str, dict], stages: dict[str, Measured], of: str) -> Measured:
-    """One record of several trainings; its scale is that of `of`."""
-    main_stage = stages[of]
-    settings, seen = main_stage.config, main_stage.scale["steps"] * main_stage.scale["batch"]
-    return Measured(
-        metrics,
-        config={name: stage.config for name, stage in stages.items()},
-        scale={**main_stage.scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN[settings["dataset"]]))},
-        data=main_stage.data,
-        numerics=main_stage.numerics,
-        curve=[{"stage": name, **line} for name, stage in stages.items() for line in stage.curve],
-        artifacts={name: stage.artifacts for name, stage in stages.items()},
-        weights_sha256=main_stage.weights_sha256,
-    )
+def recorded(metrics: dict[str, dict], stages: dict[str, Measured], main: str) -> Measured:
+    whole = stages[main]
+    return one_record(metrics, stages, main, share_of(IMAGES_SEEN[whole.config["dataset"]], whole))
 
 
 def arms(tier: str, job: Job) -> Measured:
     """Learned, static and random groups at equal mult-adds, and the dense network: same schedule and data order."""
     stages, metrics = {}, {}
     for arm in ("learned", "static", "random", "dense"):
-        settings = load_config(train.Config, FOLDER, config_name(tier, job), "train", conv=arm)
-        stages[arm] = train.run(settings, job.sub(arm))
+        stages[arm] = run_stage(train, tier_config(tier, job), job, arm, conv=arm)
         metrics |= {f"{arm}_{name}": value for name, value in stages[arm].metrics.items()}
     for arm in ("learned", "random"):
         jumps = [line for line in stages[arm].curve if "loss_after" in line]
@@ -158,7 +144,7 @@ def arms(tier: str, job: Job) -> Measured:
 
 def train_only(config: str = "full", **overrides) -> Callable[[str, Job], Measured]:
     def measure(tier: str, job: Job) -> Measured:
-        found = train.run(load_config(train.Config, FOLDER, config, "train", **overrides), job.sub("train"))
+        found = run_stage(train, config, job, "train", **overrides)
         return recorded(found.metrics, {"train": found}, "train")
 
     return measure
@@ -168,6 +154,8 @@ C10, C100, IMAGENET = ({"full": (name,)} for name in ("cifar10", "cifar100", "im
 EXPERIMENTS = {
     "costs": Experiment(costs, ("quick",)),
     "speed": Experiment(speed, ("quick",)),
+    "kernels": Experiment(kernels, ("quick",)),
+    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "arms": Experiment(arms, ("quick",)),
     "c10-arms": Experiment(arms, ("short",), {"short": ("cifar10",)}),
     **{

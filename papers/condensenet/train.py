@@ -23,12 +23,14 @@ from common.checkpoints import Progress
 from common.cli import Job
 from common.datasets.classification import part
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .conversion import condense
 from .layers import stage_of
 from .model import CondenseNet
+
+SCRIPT = "condensenet.train"
 
 
 @dataclass
@@ -94,19 +96,10 @@ def batch_loss(model, x, y) -> float:
     return F.cross_entropy(copy.deepcopy(model)(x), y).item()
 
 
-@torch.inference_mode()
-def error_rates(config, model, loader, world) -> tuple[float, float]:
+def error_rates(config, model, loader, world) -> list[float]:
     """Top-1 and top-5 error in percent over all ranks."""
-    was_training = model.training
-    model.eval()
-    found = torch.zeros(3, device=world.device)
-    for x, y in loader.epoch(0):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            logits = model(x)
-        found += torch.cat([topk_correct(logits.float(), y, (1, 5)), torch.tensor([len(y)], device=world.device)])
-    model.train(was_training)
-    top1, top5 = (100 - 100 * runtime.sum_over_ranks(found)[:2] / found[2]).tolist()
-    return top1, top5
+    with evaluating(model, config.amp):
+        return (100 - accuracies(((model(x), y) for x, y in loader.epoch(0)), world, (1, 5))).tolist()
 
 
 def point(progress: Progress, epoch: int, lr: float) -> dict:
@@ -138,7 +131,7 @@ def run(config: Config, job: Job) -> Measured:
             f"{config.condense_factor - 1} condensing stages do not fit the first half of {steps} steps; "
             "train for more epochs, on more images, or with a smaller condense_factor"
         )
-    identity = {"script": "condensenet.train", "seed": job.seed, "classes": train.classes, **dataclasses.asdict(config)}
+    identity = {"script": SCRIPT, "seed": job.seed, "classes": train.classes, **dataclasses.asdict(config)}
     progress = Progress(job, identity, model=model, optimiser=optimiser)
     stop = runtime.StopFlag(job.world)
 
@@ -189,7 +182,7 @@ def run(config: Config, job: Job) -> Measured:
         for name in ("test_error", "test_error_top5")
     }
     return Measured(
-        metrics=metrics | converted_errors(config, model, tests, job) | {"train_seconds": {"last": progress.seconds}},
+        metrics=metrics | converted_errors(config, model, tests, job) | {"train_seconds": metric(progress.seconds)},
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": steps, "batch": config.batch_size},
         data=train.digests | tests.digests,
@@ -200,6 +193,10 @@ def run(config: Config, job: Job) -> Measured:
     )
 
 
+def error_metrics(top1: float, top5: float, samples: int, prefix: str = "") -> dict[str, dict]:
+    return {f"{prefix}test_error": metric(top1, samples), f"{prefix}test_error_top5": metric(top5, samples)}
+
+
 def converted_errors(config: Config, model, tests, job: Job) -> dict[str, dict]:
     """Test errors as grouped convolutions: with the classifier whole (nothing may change), and condensed (lossy)."""
     if config.conv == "static":
@@ -208,8 +205,7 @@ def converted_errors(config: Config, model, tests, job: Job) -> dict[str, dict]:
     for name, classifier in (("converted", False), ("condensed", True)):
         converted = condense(model, classifier).to(job.device)
         top1, top5 = error_rates(config, converted, tests.loader, job.world)
-        found[f"{name}_test_error"] = {"last": top1, "n": tests.samples}
-        found[f"{name}_test_error_top5"] = {"last": top5, "n": tests.samples}
+        found |= error_metrics(top1, top5, tests.samples, f"{name}_")
     return found
 
 

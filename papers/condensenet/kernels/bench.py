@@ -1,15 +1,18 @@
 """condensed_conv: the five passes of the definition, torch.compile of them, and the Triton kernel; forward only.
 
-python -m papers.condensenet.kernels.bench [--device cuda] [--quick]; needs torch alone, like the kernels.
+python -m papers.condensenet.kernels.bench [--device cuda] [--quick]
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from common.cli import exit_codes
+from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.runtime import select_device
 
 from . import condensed_conv, reference
 
@@ -52,10 +55,8 @@ def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
     by what a large copy reaches on this device. Timings of a shape are interleaved. On the CPU there is no Triton row,
     the batch is N/16, and `quick` leaves torch.compile out. Float32 is float32 everywhere: TF32 is off.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r}: expected cpu, or cuda on a machine that has it")
-    cuda = device == "cuda"
-    ceiling = _copy_bandwidth(device)
+    cuda = select_device(device).type == "cuda"
+    ceiling = copy_gb_per_s(device)
     rows = []
     for shape in SHAPES[:2] if quick else SHAPES:
         shape = shape if cuda else (max(1, shape[0] // 16), *shape[1:])
@@ -63,7 +64,7 @@ def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
             for layout in ("nchw", "nhwc") if cuda and not quick else ("nchw",):
                 inputs = _inputs(shape, device, dtype, layout)
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                    times = _times(inputs, cuda, quick)
+                    times = _times(inputs, device, quick)
                 x, index, _, _, weight, _ = inputs
                 n, _, h, w = x.shape
                 elements = n * h * w * (len(index.unique()) + len(weight)) + weight.numel()
@@ -75,50 +76,18 @@ def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
     return rows
 
 
-def _times(inputs: tuple, cuda: bool, quick: bool) -> dict[str, float]:
+def _times(inputs: tuple, device: str, quick: bool) -> dict[str, float]:
     """{impl: ms} for the implementations that this machine can run, correct ones only."""
+    cuda = device == "cuda"
     wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     exact = reference(*wide)
-    ops = {"eager": reference}
-    if cuda or not quick:
-        torch._dynamo.reset()
-        # named, or compiled code cached by a run of another number of threads is taken
-        ops["compiled"] = torch.compile(reference, options={"cpp.threads": torch.get_num_threads()})
-        try:
-            ops["compiled"](*inputs)
-        except Exception as error:  # a machine without a C++ compiler; the bench must print the other rows
-            print(f"compiled: left out, {type(error).__name__}: {str(error).splitlines()[0]}")
-            del ops["compiled"]
+    ops = {"eager": reference} | ({} if quick and not cuda else compiled(reference, *inputs))
     if cuda:
         ops["triton"] = partial(condensed_conv, impl="triton")
     for name, op in ops.items():
         _gate(name, op, inputs, exact)
     del wide, exact
-    return _interleaved({name: partial(op, *inputs) for name, op in ops.items()}, cuda, 1 if quick else 3)
-
-
-def _copy_bandwidth(device: str) -> float:
-    """GB/s of copying a tensor far larger than the caches, bytes read and written both counted."""
-    source = torch.empty(2**27 if device == "cuda" else 2**24, device=device).zero_()
-    target = torch.empty_like(source)
-    ms = _interleaved({"copy": lambda: target.copy_(source)}, device == "cuda", 3)["copy"]
-    return 2 * source.numel() * source.element_size() / ms / 1e6
-
-
-def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[str, float]:
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if cuda:
-                from triton.testing import do_bench
-
-                times[name].append(do_bench(call, return_mode="median"))
-            else:
-                from torch.utils.benchmark import Timer
-
-                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.1).median)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times_ms({name: partial(op, *inputs) for name, op in ops.items()}, device, 1 if quick else 3)
 
 
 def kernel_table(rows: list[dict]) -> str:
@@ -135,4 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    print(kernel_table(kernel_bench(args.device, args.quick)))
+    with exit_codes():
+        print(kernel_table(kernel_bench(args.device, args.quick)))

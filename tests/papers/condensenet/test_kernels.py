@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.metrics.compute import mult_adds
 from papers.condensenet import CondensedConv
 from papers.condensenet.kernels import condensed_conv, fold, reference
@@ -134,7 +135,7 @@ def test_bench_rows(monkeypatch):
     ]
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 and row["of_copy"] > 0 and row["speedup"] == 1 for row in rows)
     assert len(kernel_table(rows).splitlines()) == 3
-    with pytest.raises(ValueError, match="device 'mps'"):
+    with pytest.raises(UserError, match="unknown device 'mps'"):
         kernel_bench("mps")
 
 
