@@ -11,6 +11,8 @@ loader have `.epoch(epoch, start)` and `len()`. The config is the script's own; 
     crop_pad, flip  augmentation of the small sets
     workers         loader processes a rank (imagenet)
     channels_last   memory format of the batches
+    cutout          side of the square cut out of training images of the small sets; a config need not have it
+    colour_jitter   imagenet training images: brightness, contrast, saturation by 0.4, hue by 0.2; need not have it either
 """
 
 from dataclasses import dataclass
@@ -46,24 +48,40 @@ class Part:
 def part(config, job, which: str) -> Part:
     """Training batches are shuffled, augmented, of full size; held-out and test: each image once, in a fixed order."""
     train = which == "train"
-    batch = per_rank(config.batch_size, job.world)
-    batch = batch if train else max(batch, EVALUATION_BATCH)
     if config.dataset == "imagenet":
         size = config.image_size or 224
-        folder = imagenet.image_folder("val" if which == "test" else "train", job.data, imagenet_transform(train, size))
+        transform = imagenet_transform(train, size, getattr(config, "colour_jitter", False))
+        folder = imagenet.image_folder("val" if which == "test" else "train", job.data, transform)
         chosen = folder
         if which != "test" and config.held_out:
             chosen = torch.utils.data.Subset(folder, divided(len(folder), config.held_out, job.seed)[which].tolist())
-        loader = FolderLoader(chosen, batch, job.seed, job.world, config.workers, drop_last=train)
+        loader = files_loader(chosen, config, job, train)
         return Part(loader, len(chosen), len(folder.classes), size, {f"imagenet/{which}": f"{len(chosen)} files"})
     images = small_set(config, job, "test" if which == "test" else "train")
     if which != "test" and config.held_out:
         images = images.subset(divided(len(images), config.held_out, job.seed)[which])
-    options = {"crop_pad": config.crop_pad, "flip": config.flip} if train else {}
-    share = {"rank": job.world.rank, "world": job.world.size, "channels_last": config.channels_last}
-    loader = DeviceLoader(images, batch, job.seed, job.device, shuffle=train, drop_last=train, **options, **share)
     digests = {f"{images.name}/{which}": images.digest}
-    return Part(loader, len(images), images.classes, images.images.shape[1], digests)
+    return Part(device_loader(images, config, job, train), len(images), images.classes, images.images.shape[1], digests)
+
+
+def device_loader(images: datasets.Images, config, job, train: bool, seed: int | None = None) -> DeviceLoader:
+    """Batches of a small set, as the config says; seed: of order and augmentation, the job's unless given."""
+    options = {"rank": job.world.rank, "world": job.world.size, "channels_last": config.channels_last}
+    if train:
+        options |= {"crop_pad": config.crop_pad, "flip": config.flip, "cutout": getattr(config, "cutout", 0)}
+    seed = job.seed if seed is None else seed
+    return DeviceLoader(images, _batch(config, job, train), seed, job.device, shuffle=train, drop_last=train, **options)
+
+
+def files_loader(dataset, config, job, train: bool, seed: int | None = None) -> "FolderLoader":
+    """The same of a dataset of files."""
+    seed = job.seed if seed is None else seed
+    return FolderLoader(dataset, _batch(config, job, train), seed, job.world, config.workers, drop_last=train)
+
+
+def _batch(config, job, train: bool) -> int:
+    batch = per_rank(config.batch_size, job.world)
+    return batch if train else max(batch, EVALUATION_BATCH)
 
 
 def divided(n: int, held_out: int, seed: int) -> dict[str, torch.Tensor]:
@@ -108,10 +126,11 @@ def shrink(images: datasets.Images, factor: int) -> datasets.Images:
     return datasets.Images(**{**vars(images), "images": small})
 
 
-def imagenet_transform(train: bool, size: int = 224):
-    """RandomResizedCrop and flip; or resize to size * 256/224 and centre crop."""
+def imagenet_transform(train: bool, size: int = 224, colour_jitter: bool = False):
+    """RandomResizedCrop and flip (and jitter of the colours); or resize to size * 256/224 and centre crop."""
     if train:
         steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        steps += [transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)] if colour_jitter else []
     else:
         steps = [transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)]
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(imagenet.MEAN, imagenet.STD)])

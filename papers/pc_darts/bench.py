@@ -7,8 +7,6 @@ machine hits all; a ratio is the median over rounds. `make reproduce CLAIM=speed
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import exit_codes
-from common.metrics.compute import saved_bytes
+from common.metrics.compute import Latency, latency, saved_bytes
 from common.runtime import select_device
 
 from .kernels.bench import kernel_bench, kernel_table
@@ -28,27 +26,6 @@ def search_step(model: SuperNet, x: Tensor, y: Tensor, forward: Callable | None 
     forward = forward or model
     torch.autograd.grad(F.cross_entropy(forward(x), y), model.arch_parameters())
     torch.autograd.grad(F.cross_entropy(forward(x), y), list(model.parameters()))
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one warm-up each."""
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def median_ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def saved_mib(model: SuperNet, batch: int = 4, size: int = 32) -> float:
@@ -77,8 +54,8 @@ def search_step_bench(
     rounds: int = 3,
     device: torch.device | str = "cpu",
     which: tuple[tuple[str, int], ...] = (("plain", 4), ("shared", 4), ("shared", 1)),
-) -> dict[str, list[float]]:
-    """{"plain_k4": seconds of each round, ...}. On CUDA also the fast cell under every switch a user would try."""
+) -> dict[str, Latency]:
+    """{"plain_k4": ..., ...}, the first of `which` being the baseline. On CUDA also the fast cell under every switch."""
     device = torch.device(device)
     if rounds < 1 or batch < 1:
         raise ValueError(f"rounds={rounds}, batch={batch}: expected at least 1")
@@ -88,7 +65,7 @@ def search_step_bench(
     steps = {name: (lambda model=model: search_step(model, x, y)) for name, model in models.items()}
     if device.type == "cuda" and "shared_k4" in models:
         steps |= cuda_variants(models["shared_k4"], x, y)
-    return interleaved(steps, rounds, device)
+    return latency(steps, 0.0, rounds)
 
 
 def cuda_variants(model: SuperNet, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
@@ -132,14 +109,13 @@ def cuda_variants(model: SuperNet, x: Tensor, y: Tensor) -> dict[str, Callable[[
     return variants
 
 
-def table(seconds: dict[str, list[float]], saved: dict[str, float], batch: int) -> str:
+def table(measured: dict[str, Latency], saved: dict[str, float], batch: int) -> str:
     lines = [f"{'search step':26}{'s':>9}{'ms/image':>10}{'saved MiB/image':>17}{'x plain_k4':>12}"]
-    for name in dict.fromkeys([*seconds, *saved]):
+    for name in dict.fromkeys([*measured, *saved]):
         kept = f"{saved[name]:17.2f}" if name in saved else " " * 17
-        if name in seconds:
-            median = statistics.median(seconds[name])
-            speed = f"{median_ratio(seconds['plain_k4'], seconds[name]):12.2f}"
-            lines.append(f"{name:26}{median:9.3f}{1e3 * median / batch:10.1f}{kept}{speed}")
+        if name in measured:
+            seconds, speed = measured[name].median, f"{1 / measured[name].ratio:12.2f}"
+            lines.append(f"{name:26}{seconds:9.3f}{1e3 * seconds / batch:10.1f}{kept}{speed}")
         else:
             lines.append(f"{name:26}{'':19}{kept}")
     return "\n".join(lines)
@@ -160,8 +136,8 @@ def main() -> None:
     with exit_codes():
         device = select_device(args.device)
         which = (("plain", 4), ("shared", 4), ("plain", 1), ("shared", 1))
-        seconds = search_step_bench(batch=args.batch, rounds=args.rounds, device=device, which=which)
-        print(table(seconds, saved_table(), args.batch))
+        measured = search_step_bench(batch=args.batch, rounds=args.rounds, device=device, which=which)
+        print(table(measured, saved_table(), args.batch))
         print(kernel_table(kernel_bench(device.type)))
 
 

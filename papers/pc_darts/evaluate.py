@@ -5,20 +5,18 @@ python -m papers.pc_darts.evaluate --tier full --set checkpoint=runs/pc_darts/tr
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from common import cli
-from common.cli import Job, build_config
-from common.errors import UserError
+from common.checkpoints import read_checkpoint
+from common.cli import Job, config_of
+from common.datasets.classification import part
 from common.metrics import compute
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import train
-from .data import test_loader
 from .genotypes import Genotype
-from .model import NetworkCIFAR, NetworkImageNet
 
 
 @dataclass
@@ -44,47 +42,31 @@ def cost(network, classes: int, genotype: Genotype, C: int, layers: int, size: i
     }
 
 
-def read_checkpoint(name: str) -> dict:
-    path = Path(name)
-    if path.is_dir():
-        path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
-    if not name or not path.is_file():
-        raise UserError(f"no checkpoint at {name or '(empty)'!r}; give --set checkpoint=<work dir of train.py>")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file raises
-        raise UserError(f"{path} does not open ({type(error).__name__}); use another checkpoint of that run") from None
-    if payload.get("identity", {}).get("script") != "pc_darts.train":
-        raise UserError(f"{path} was not written by papers.pc_darts.train")
-    return payload
+def trained_model(name: str, **changed):
+    """(model, the config it was trained with and `changed`, its genotype, payload) of a checkpoint of train.py."""
+    payload = read_checkpoint(name, train.SCRIPT)
+    config = config_of(train.Config, payload["identity"] | changed, name)
+    genotype = Genotype.from_json(config.genotype)
+    model = train.build(config, genotype, payload["identity"]["classes"])
+    model.load_state_dict(payload["state"]["parts"]["model"])
+    return model, config, genotype, payload
 
 
 def run(config: Config, job: Job) -> Measured:
     """The metrics of one checkpoint on the test split."""
-    payload = read_checkpoint(config.checkpoint)
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    trained = {key: value for key, value in payload["identity"].items() if key in known}
-    trained |= {"dataset": config.dataset} if config.dataset else {}
-    trained |= {"test_images": config.test_images} if config.test_images >= 0 else {}
-    genotype = Genotype.from_json(trained["genotype"])
-    settings = build_config(train.Config, {**trained, "batch_size": max(trained["batch_size"], 128)}, config.checkpoint)
-    loader, test_size, classes, digests = test_loader(settings, job)
-    network = NetworkImageNet if settings.dataset == "imagenet" else NetworkCIFAR
-    if classes != payload["identity"]["classes"]:
-        raise UserError(
-            f"the checkpoint has {payload['identity']['classes']} classes, {settings.dataset} has {classes}"
-        )
-    model = train.build(settings, genotype, classes)
-    model.load_state_dict(payload["state"]["parts"]["model"])
-    top1, top5 = train.error_rates(settings, model.to(job.device), loader, job.world)
-    x, _ = next(loader.epoch(0))
-    found = cost(network, classes, genotype, settings.C, settings.layers, x.shape[-1])
+    changed = {"dataset": config.dataset} if config.dataset else {}
+    changed |= {"test_images": config.test_images} if config.test_images >= 0 else {}
+    model, settings, genotype, payload = trained_model(config.checkpoint, **changed)
+    tests = part(settings, job, "test")
+    tests.require_classes(payload["identity"]["classes"])
+    top1, top5 = train.error_rates(settings, model.to(job.device), tests.loader, job.world)
+    found = cost(type(model), tests.classes, genotype, settings.C, settings.layers, tests.size)
     return Measured(
-        metrics={"test_error": {"last": top1, "n": test_size}, "test_error_top5": {"last": top5, "n": test_size}}
-        | {name: {"last": value} for name, value in found.items()},
-        config=dataclasses.asdict(config) | {"trained": trained},
+        metrics={"test_error": metric(top1, tests.samples), "test_error_top5": metric(top5, tests.samples)}
+        | Measured.of(found).metrics,
+        config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": settings.epochs, "steps": payload["position"]},
-        data=digests,
+        data=tests.digests,
     )
 
 

@@ -14,25 +14,21 @@ from common.cli import Job, load_config
 from common.metrics.compute import mult_adds, parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
+from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import search, train
-from .bench import median_ratio, saved_mib, saved_table, search_step_bench
+from .bench import saved_mib, saved_table, search_step_bench
 from .evaluate import cost
 from .genotypes import PUBLISHED, Genotype, space_size
-from .kernels.bench import kernel_bench
+from .kernels.bench import SHAPES, kernel_bench
 from .model import AuxiliaryHead, NetworkCIFAR, NetworkImageNet
 from .supernet import SuperNet
 
-FOLDER = Path(__file__).parent
 IMAGES_SEEN = {
     "cifar10": 600 * 50_000,
     "cluttered_digits": 600 * 50_000,
     "imagenet": 250 * 1_281_167,
 }  # paper's training
-
-
-def metric(value: float) -> dict:
-    return {"last": value}
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
@@ -65,7 +61,7 @@ def costs(tier: str, job: Job) -> Measured:
     found["shared_plain_difference_float32"] = statistics.median(
         shared_against_plain(torch.float32, s) for s in range(5)
     )
-    return Measured({name: metric(value) for name, value in found.items()})
+    return Measured.of(found)
 
 
 def shared_against_plain(dtype: torch.dtype, seed: int) -> float:
@@ -85,89 +81,70 @@ def shared_against_plain(dtype: torch.dtype, seed: int) -> float:
 
 
 def search_step(tier: str, job: Job) -> Measured:
-    """Time and memory of a search step: K=1 against K=4, the fast cell against the plain one, interleaved."""
-    seconds, saved = search_step_bench(device=job.device), saved_table()
-    baseline = seconds["plain_k4"]
-    metrics = {f"{name}_saved_mib": metric(value) for name, value in saved.items()}
-    for (
-        name,
-        rounds,
-    ) in seconds.items():  # against one baseline a round, so that a ratio of two is one of interleaved runs
-        metrics[f"{name}_time"] = metric(1 / median_ratio(baseline, rounds))
-        metrics[f"{name}_seconds"] = metric(statistics.median(rounds))
-    return Measured(
-        metrics,
-        config={"C": 16, "layers": 8, "batch": 16, "size": 32},
-        artifacts={"seconds": seconds, "kernel": kernel_bench(job.device.type, quick=True)},
-    )
+    """Time and memory of a search step: K=1 against K=4, the fast cell against the plain one, in turns."""
+    measured = search_step_bench(device=job.device)
+    found = {f"{name}_saved_mib": value for name, value in saved_table().items()}
+    for name, latency in measured.items():  # a time: against the plain cell's in the same rounds
+        found |= {f"{name}_time": latency.ratio, f"{name}_seconds": latency.median}
+    return Measured.of(found, config={"C": 16, "layers": 8, "batch": 16, "size": 32})
+
+
+def kernels(tier: str, job: Job) -> Measured:
+    """The kernel against copying, the eager definition and its torch.compile: a node of 5 edges at 32 x 32, batch 256."""
+    rows = kernel_bench(job.device.type)
+    mine, found = [row for row in rows if row["shape"] == SHAPES[1]], {}
+    for row in mine:
+        name = f"{row['impl']}_{row['mode']}_{row['dtype']}"
+        found |= {f"{name}_ms": row["ms"], f"{name}_gb_per_s": row["gb_per_s"]}
+    found["copy_gb_per_s"] = mine[0]["gb_per_s"] / mine[0]["of_copy"]
+    return Measured.of(found, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ searches and trainings
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
-def searched(name: str, job: Job, stage: str, **overrides) -> tuple[Measured, str]:
+def searched(config: str, job: Job, stage: str, **changed) -> tuple[Measured, str]:
     """(what the search measured, path of its genotype)."""
-    here = job.sub(stage)
-    found = search.run(load_config(search.Config, FOLDER, name, "search", **overrides), here)
-    return found, str(here.work_dir / "genotype.json")
+    return run_stage(search, config, job, stage, **changed), str(job.work_dir / stage / "genotype.json")
 
 
-def trained(name: str, job: Job, stage: str, **overrides) -> Measured:
-    return train.run(load_config(train.Config, FOLDER, name, "train", **overrides), job.sub(stage))
-
-
-def merged(metrics: dict[str, float], stages: dict[str, Measured], of: str) -> Measured:
-    """One record of several stages; its scale is that of stage `of`, an evaluation training."""
-    main_stage, config = stages[of], stages[of].config
-    seen = main_stage.scale["steps"] * config["batch_size"]
-    return Measured(
-        metrics={k: v if isinstance(v, dict) else metric(v) for k, v in metrics.items()},
-        config={name: stage.config for name, stage in stages.items()},
-        scale={**main_stage.scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN[config["dataset"]]))},
-        data={key: digest for stage in stages.values() for key, digest in stage.data.items()},
-        numerics=main_stage.numerics,
-        curve=[{"stage": name, **line} for name, stage in stages.items() for line in stage.curve],
-        artifacts={name: stage.artifacts for name, stage in stages.items()},
-        weights_sha256=main_stage.weights_sha256,
-    )
+def recorded(metrics: dict[str, dict], stages: dict[str, Measured], main: str) -> Measured:
+    """The scale is that of stage `main`, an evaluation training."""
+    whole = stages[main]
+    return one_record(metrics, stages, main, share_of(IMAGES_SEEN[whole.config["dataset"]], whole))
 
 
 def search_vs_random(tier: str, job: Job, randoms: int, k1: bool = False) -> Measured:
     """A K=4 search; its cell and random ones trained alike. With `k1`, also a K=1 search of the same duration: the same
     schedule on so many fewer images.
     """
-    name, stages, errors = config_name(tier, job), {}, {}
+    name, stages, errors = tier_config(tier, job), {}, {}
     stages["search"], path = searched(name, job, "search")
     cells = {"searched": path} | {f"random{i}": f"random:{100 * job.seed + i}" for i in range(randoms)}
     if k1:
         images = round(stages["search"].scale["images"] / k1_over_k4(name, job))
         stages["search_k1"], cells["k1"] = searched(name, job, "search_k1", K=1, train_images=images)
     for arm, genotype in cells.items():
-        stages[arm] = trained(name, job, arm, genotype=genotype)
+        stages[arm] = run_stage(train, name, job, arm, genotype=genotype)
         errors[arm] = stages[arm].metrics["test_error"]["last"]
-    metrics = {"searched_test_error": {**stages["searched"].metrics["test_error"]}}
-    metrics["random_test_error"] = sum(errors[f"random{i}"] for i in range(randoms)) / randoms
-    metrics |= {f"random{i}_test_error": errors[f"random{i}"] for i in range(randoms)}
-    metrics |= {"k1_test_error": errors["k1"]} if k1 else {}
+    found = {f"{arm}_test_error": error for arm, error in errors.items() if arm != "searched"}
+    found["random_test_error"] = sum(errors[f"random{i}"] for i in range(randoms)) / randoms
     for stage in ("search", "search_k1")[: 1 + k1]:
-        metrics[f"{stage}_seconds"] = stages[stage].metrics["search_seconds"]["last"]
-    return merged(metrics, stages, "searched")
+        found[f"{stage}_seconds"] = stages[stage].metrics["search_seconds"]["last"]
+    metrics = {"searched_test_error": stages["searched"].metrics["test_error"]}
+    return recorded(metrics | Measured.of(found).metrics, stages, "searched")
 
 
 def k1_over_k4(name: str, job: Job) -> float:
     """How much longer a step of the configured search takes at K=1, from a few steps of each now."""
-    settings = load_config(search.Config, FOLDER, name, "search")
+    settings = load_config(search.Config, Path(search.__file__).parent, name, "search")
     size, batch = settings.image_size or 32, settings.batch_size
     which = (("shared", 4), ("shared", 1))
-    seconds = search_step_bench(settings.C, settings.layers, batch, size, device=job.device, which=which)
-    return median_ratio(seconds["shared_k1"], seconds["shared_k4"])
+    measured = search_step_bench(settings.C, settings.layers, batch, size, device=job.device, which=which)
+    return measured["shared_k1"].ratio
 
 
 def edge_repeat(tier: str, job: Job) -> Measured:
     """How many of the 16 kept edges two searches share that differ in the seed only, with beta and without."""
-    name, stages, shared = config_name(tier, job), {}, {}
+    name, stages, shared = tier_config(tier, job), {}, {}
     for beta in (True, False):
         kept = []
         for seed in (job.seed, job.seed + 100):
@@ -178,26 +155,19 @@ def edge_repeat(tier: str, job: Job) -> Measured:
                 {(part, i // 2, s) for part in ("normal", "reduce") for i, (_, s) in enumerate(getattr(cell, part))}
             )
         shared[beta] = len(kept[0] & kept[1])
-    settings = stages[stage].config
-    steps = {"epochs": settings["epochs"], "steps": stages[stage].scale["steps"], "batch": settings["batch_size"]}
-    fraction = min(1.0, stages[stage].scale["steps"] * settings["batch_size"] / (0.99 * 50 * 25_000))
-    return Measured(
-        {"edges_shared_with_beta": metric(shared[True]), "edges_shared_without_beta": metric(shared[False])},
-        config={k: s.config for k, s in stages.items()},
-        scale={**steps, "fraction": fraction},
-        data=stages[stage].data,
-        artifacts={k: s.artifacts for k, s in stages.items()},
-    )
+    found = {"edges_shared_with_beta": shared[True], "edges_shared_without_beta": shared[False]}
+    share = share_of(50 * 25_000, stages[stage])
+    return one_record(Measured.of(found).metrics, stages, stage, share)
 
 
 def search_and_train(search_config: str | None = None, **overrides) -> Callable[[str, Job], Measured]:
     """Search with these settings, then train what was found."""
 
     def measure(tier: str, job: Job) -> Measured:
-        name, stages = config_name(tier, job), {}
+        name, stages = tier_config(tier, job), {}
         stages["search"], path = searched(search_config or name, job, "search", **overrides)
-        stages["train"] = trained(name, job, "train", genotype=path)
-        return merged({**stages["train"].metrics, **stages["search"].metrics}, stages, "train")
+        stages["train"] = run_stage(train, name, job, "train", genotype=path)
+        return recorded(stages["train"].metrics | stages["search"].metrics, stages, "train")
 
     return measure
 
@@ -207,21 +177,21 @@ def sampling_rate(tier: str, job: Job) -> Measured:
     stages, metrics = {}, {}
     for K in (4, 8):
         stages[f"search{K}"], path = searched(tier, job, f"search{K}", K=K)
-        stages[f"train{K}"] = trained(tier, job, f"train{K}", genotype=path)
+        stages[f"train{K}"] = run_stage(train, tier, job, f"train{K}", genotype=path)
         metrics[f"k{K}_test_error"] = stages[f"train{K}"].metrics["test_error"]
-    return merged(metrics, stages, "train4")
+    return recorded(metrics, stages, "train4")
 
 
 def train_only(config: str | None = None, **overrides) -> Callable[[str, Job], Measured]:
     def measure(tier: str, job: Job) -> Measured:
-        found = trained(config or config_name(tier, job), job, "train", **overrides)
-        return merged(found.metrics, {"train": found}, "train")
+        found = run_stage(train, config or tier_config(tier, job), job, "train", **overrides)
+        return recorded(found.metrics, {"train": found}, "train")
 
     return measure
 
 
 def search_only(config: str, **overrides) -> Callable[[str, Job], Measured]:
-    return lambda tier, job: searched(config, job, "search", **overrides)[0]
+    return lambda tier, job: run_stage(search, config, job, "search", **overrides)
 
 
 CIFAR = {"short": ("cifar10",), "full": ("cifar10",)}
@@ -229,10 +199,13 @@ IMAGENET = {"full": ("imagenet",)}
 EXPERIMENTS = {
     "costs": Experiment(costs, ("quick",)),
     "search-step": Experiment(search_step, ("quick",)),
+    "kernels": Experiment(kernels, ("quick",)),
+    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "search-vs-random": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=1), ("quick",)),
     "c10-short": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=2, k1=True), ("short",), CIFAR),
     "edge-repeat": Experiment(edge_repeat, ("short",), CIFAR),
     "c10-train": Experiment(train_only(genotype="PC_DARTS_cifar"), ("full",), CIFAR),
+    "c10-search": Experiment(search_only("full"), ("full",), CIFAR),
     "c10-search-train": Experiment(search_and_train(), ("full",), CIFAR),
     "c10-darts": Experiment(search_and_train("full-darts"), ("full",), CIFAR),
     "c10-edge-norm-only": Experiment(search_and_train(K=1), ("full",), CIFAR),

@@ -17,12 +17,14 @@ from tqdm import tqdm
 from common import cli, runtime
 from common.checkpoints import Progress, write_atomic
 from common.cli import Job
-from common.metrics.accuracy import topk_correct
+from common.metrics.accuracy import accuracies, evaluating
 from common.results.records import Measured
 
 from .data import search_loaders
 from .schedule import learning_rate
 from .supernet import SuperNet
+
+SCRIPT = "pc_darts.search"
 
 
 @dataclass
@@ -109,20 +111,6 @@ def weight_step(config, forward, weights, optimiser, x, y) -> torch.Tensor:
     return loss.detach()
 
 
-@torch.inference_mode()
-def accuracy(config, model, loader, world) -> float:
-    """Top-1 in percent over all ranks, running statistics."""
-    model.eval()
-    found = torch.zeros(2, device=world.device)
-    for x, y in loader.epoch(0):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            logits = model(x)
-        found += torch.stack([topk_correct(logits.float(), y, (1,))[0], torch.tensor(len(y), device=world.device)])
-    model.train()
-    runtime.sum_over_ranks(found)
-    return (100 * found[0] / found[1]).item()
-
-
 def run(config: Config, job: Job) -> Measured:
     """Search; returns held-out accuracy of the supernet, seconds, and the genotype (also `genotype.json`)."""
     runtime.seed_everything(job.seed, job.deterministic)
@@ -135,7 +123,7 @@ def run(config: Config, job: Job) -> Measured:
     weight_optimiser, arch_optimiser = optimisers(config, model)
     forward = model if config.compile == "off" else torch.compile(model, mode=config.compile)
 
-    identity = {"script": "pc_darts.search", "seed": job.seed, **dataclasses.asdict(config)}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config)}
     progress = Progress(job, identity, model=model, weights=weight_optimiser, arch=arch_optimiser)
     per_epoch = min(len(loader), len(arch_loader))
     stop = runtime.StopFlag(job.world)
@@ -165,14 +153,15 @@ def run(config: Config, job: Job) -> Measured:
                 raise runtime.Stopped(f"search at step {progress.step} of {per_epoch * config.epochs}")
 
     seconds, genotype = progress.seconds, model.genotype()
-    held_out_accuracy = accuracy(config, model, held_out, job.world)
+    with evaluating(model, config.amp):
+        accuracy = accuracies(((model(x), y) for x, y in held_out.epoch(0)), job.world).item()
     if job.world.is_main:
         write_atomic(job.work_dir / "genotype.json", lambda file: file.write(genotype.to_json().encode()))
-    return Measured(
-        metrics={
-            "held_out_accuracy": {"last": held_out_accuracy},
-            "search_seconds": {"last": round(seconds, 2)},
-            "gpu_days": {"last": seconds / 86400 * job.world.size},
+    return Measured.of(
+        {
+            "held_out_accuracy": accuracy,
+            "search_seconds": round(seconds, 2),
+            "gpu_days": seconds / 86400 * job.world.size,
         },
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size, "images": images},

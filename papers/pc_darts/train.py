@@ -20,14 +20,16 @@ from tqdm import tqdm
 from common import cli, runtime
 from common.checkpoints import Progress
 from common.cli import Job
+from common.datasets.classification import part
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
-from .data import test_loader, train_loader
 from .genotypes import PUBLISHED, Genotype, random_genotype
 from .model import NetworkCIFAR, NetworkImageNet
 from .schedule import learning_rate
+
+SCRIPT = "pc_darts.train"
 
 
 @dataclass
@@ -36,11 +38,13 @@ class Config:
     dataset: str = "cifar10"  # any set of common.datasets, or imagenet
     train_images: int = 0  # the first n of the split; 0: all
     test_images: int = 0
+    held_out: int = 0  # training images that are not trained on
     image_size: int = 0  # 0: as it is; smaller: averaged down (cluttered_digits: drawn at this size)
     workers: int = 4  # imagenet: loader processes a rank
     crop_pad: int = 4
     flip: bool = True
     cutout: int = 16  # side of the square; 0: none
+    colour_jitter: bool = True  # imagenet alone
     C: int = 36
     layers: int = 20
     auxiliary: float = 0.4  # weight of the auxiliary head's loss; 0: no head (it needs 32x32 images, or 224x224)
@@ -88,27 +92,18 @@ def build(config: Config, genotype: Genotype, classes: int):
     return network(genotype, config.C, classes, config.layers, config.auxiliary > 0)
 
 
-@torch.inference_mode()
-def error_rates(config, model, loader, world) -> tuple[float, float]:
+def error_rates(config, model, loader, world) -> list[float]:
     """Top-1 and top-5 error in percent over all ranks."""
-    model.eval()
-    found = torch.zeros(3, device=world.device)
-    for x, y in loader.epoch(0):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            logits, _ = model(x)
-        found += torch.cat([topk_correct(logits.float(), y, (1, 5)), torch.tensor([len(y)], device=world.device)])
-    model.train()
-    top1, top5 = (100 - 100 * runtime.sum_over_ranks(found)[:2] / found[2]).tolist()
-    return top1, top5
+    with evaluating(model, config.amp):
+        return (100 - accuracies(((model(x)[0], y) for x, y in loader.epoch(0)), world, (1, 5))).tolist()
 
 
 def run(config: Config, job: Job) -> Measured:
     """Train; returns test error (last, and best over the looked-at epochs), and the curve."""
     runtime.seed_everything(job.seed, job.deterministic)
     genotype = find_genotype(config.genotype)
-    loader, classes, digests = train_loader(config, job)
-    tests, test_size, _, test_digests = test_loader(config, job)
-    model = build(config, genotype, classes).to(job.device)
+    train, tests = (part(config, job, which) for which in ("train", "test"))
+    model = build(config, genotype, train.classes).to(job.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     weights = list(model.parameters())
@@ -117,10 +112,10 @@ def run(config: Config, job: Job) -> Measured:
     forward = forward if config.compile == "off" else torch.compile(forward, mode=config.compile)
 
     # The genotype itself, not the name of its file, is what a resume must agree on.
-    identity = {"script": "pc_darts.train", "seed": job.seed, **dataclasses.asdict(config)}
-    identity |= {"genotype": genotype.to_json(), "classes": classes}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config)}
+    identity |= {"genotype": genotype.to_json(), "classes": train.classes}
     progress = Progress(job, identity, model=model, optimiser=optimiser)
-    per_epoch = len(loader)
+    per_epoch = len(train.loader)
     stop = runtime.StopFlag(job.world)
 
     for epoch in range(progress.step // per_epoch, config.epochs):
@@ -129,7 +124,8 @@ def run(config: Config, job: Job) -> Measured:
             group["lr"] = lr
         model.drop_path_prob = config.drop_path * epoch / config.epochs
         start = progress.step % per_epoch
-        for x, y in tqdm(loader.epoch(epoch, start), f"train {epoch}", per_epoch - start, leave=False, disable=None):
+        batches = train.loader.epoch(epoch, start)
+        for x, y in tqdm(batches, f"train {epoch}", per_epoch - start, leave=False, disable=None):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits, aux_logits = forward(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
@@ -149,7 +145,7 @@ def run(config: Config, job: Job) -> Measured:
                 line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
                 if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
                     runtime.broadcast_from_main(model.buffers())
-                    line["test_error"], line["test_error_top5"] = error_rates(config, model, tests, job.world)
+                    line["test_error"], line["test_error_top5"] = error_rates(config, model, tests.loader, job.world)
                 progress.log(f"train epoch {epoch + 1}/{config.epochs}", **line)
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
@@ -161,13 +157,13 @@ def run(config: Config, job: Job) -> Measured:
     looked = [line for line in progress.curve if "test_error" in line]
     return Measured(
         metrics={
-            name: {"last": looked[-1][name], "best_test": min(line[name] for line in looked), "n": test_size}
+            name: {"last": looked[-1][name], "best_test": min(line[name] for line in looked), "n": tests.samples}
             for name in ("test_error", "test_error_top5")
         }
-        | {"train_seconds": {"last": round(progress.seconds, 2)}},
+        | {"train_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
-        data=digests | test_digests,
+        data=train.digests | tests.digests,
         numerics={"amp": config.amp, "compile": config.compile, "channels_last": config.channels_last},
         curve=progress.curve,
         artifacts={"genotype": genotype._asdict()},

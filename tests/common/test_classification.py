@@ -69,6 +69,18 @@ def test_ranks_share_the_batch(tmp_path):
         part(config(), job(tmp_path, size=3), "train")
 
 
+def test_cutout_and_jitter_are_for_training_images_of_configs_that_have_them(tmp_path):
+    plain, cut = config(crop_pad=0, flip=False), config(crop_pad=0, flip=False, cutout=6)
+    for which, holes in (("train", True), ("test", False)):
+        (x, _), (cut_x, _) = (next(part(c, job(tmp_path), which).loader.epoch(0)) for c in (plain, cut))
+        gone = x != cut_x
+        assert gone.flatten(1).any(1).all() == holes
+        assert not cut_x[gone].any()
+        assert gone[:, 0].sum((1, 2)).max() <= 36
+    names = [type(t).__name__ for t in imagenet_transform(True, 32, colour_jitter=True).transforms]
+    assert names == ["RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter", "ToTensor", "Normalize"]
+
+
 def test_shrink_is_the_rounded_mean():
     images = load("cluttered_digits", "train", n=3, size=16)
     small = shrink(images, 4).images

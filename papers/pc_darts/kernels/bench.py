@@ -1,14 +1,18 @@
 """mix_bypass_shuffle: definition, torch.compile of it, torch and Triton implementations, forward and backward.
 
-Part of `make bench PAPER=pc_darts`; needs torch alone, like the kernels.
+python -m papers.pc_darts.kernels.bench [--device cuda] [--quick]
 """
 
-import statistics
+import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from common.cli import exit_codes
+from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.runtime import select_device
 
 from . import mix_bypass_shuffle, reference
 
@@ -45,37 +49,36 @@ def _gate(name: str, op: Callable, inputs: tuple, dtype: torch.dtype) -> None:
 
 
 def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Rows {impl, mode fwd|full, dtype, shape, ms, gb_per_s, speedup over the eager definition}, gated for correctness.
+    """Rows {impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, speedup over the eager definition}, gated first.
 
-    GB/s counts what must move: every input and gradient once. Timings of a shape are interleaved.
+    GB/s counts what must move: every input and gradient once; `of_copy` divides it by what a large copy reaches on this
+    device. Timings of a shape take turns. On the CPU the batch is N/16 and there is no Triton row; `quick`: two shapes,
+    without torch.compile.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r}: expected cpu, or cuda on a machine that has it")
-    cuda = device == "cuda"
-    rows = []
+    cuda, rows = select_device(device).type == "cuda", []
+    ceiling = copy_gb_per_s(device)
     for shape in SHAPES[:2] if quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
             n, C, size, K, edges = shape
             inputs = _inputs(n if cuda else n // 16, C, size, K, edges, device, dtype)
             mixed, bypass, beta, grad, _ = inputs
-            ops = {"reference": reference, "torch": partial(mix_bypass_shuffle, impl="torch")}
+            ops = {"eager": reference, "torch": partial(mix_bypass_shuffle, impl="torch")}
+            ops |= {} if quick else compiled(reference, mixed, bypass, beta)
             if cuda:
-                torch._dynamo.reset()
-                ops["reference compiled"] = torch.compile(reference)
                 ops["triton"] = partial(mix_bypass_shuffle, impl="triton")
             for name, op in ops.items():
                 _gate(name, op, inputs, dtype)
             width = grad.numel() * grad.element_size()
             read = edges * width + width  # all inputs once, the node once; backward: all gradients, and bypass for beta
-            for mode, moved in (("fwd", read), ("full", 2 * read + edges * width * (K - 1) // K)):
-                call = _forward if mode == "fwd" else _gradients
+            moves = {"forward": read, "training": 2 * read + edges * width * (K - 1) // K}
+            for mode, call in (("forward", _forward), ("training", _gradients)):
                 calls = {name: partial(call, op, mixed, bypass, beta, grad) for name, op in ops.items()}
-                for name, ms in _interleaved(calls, cuda, 1 if quick else 3).items():
+                times = times_ms(calls, device, 1 if quick else 3)
+                for name, ms in times.items():
                     row = {"impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": shape, "ms": ms}
-                    rows.append(row | {"gb_per_s": moved / ms / 1e6})
-                base = next(r["ms"] for r in rows[-len(ops) :] if r["impl"] == "reference")
-                for row in rows[-len(ops) :]:
-                    row["speedup"] = base / row["ms"]
+                    gb_per_s = moves[mode] / ms / 1e6
+                    row |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling, "speedup": times["eager"] / ms}
+                    rows.append(row)
     return rows
 
 
@@ -84,25 +87,19 @@ def _forward(op: Callable, mixed: list, bypass: list, beta: Tensor, grad: Tensor
     return op(mixed, bypass, beta)
 
 
-def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[str, float]:
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if cuda:
-                from triton.testing import do_bench
-
-                times[name].append(do_bench(call, return_mode="median"))
-            else:
-                from torch.utils.benchmark import Timer
-
-                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.1).median)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def kernel_table(rows: list[dict]) -> str:
-    lines = [f"{'N, C, H, K, edges':26}{'dtype':10}{'mode':6}{'impl':20}{'ms':>9}{'GB/s':>9}{'x eager':>9}"]
+    head = f"{'N, C, H, K, edges':26}{'dtype':10}{'mode':10}{'impl':10}"
+    lines = [f"{head}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x eager':>9}"]
     for r in rows:
-        head = f"{', '.join(map(str, r['shape'])):26}{r['dtype']:10}{r['mode']:6}{r['impl']:20}"
-        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.1f}{r['speedup']:9.2f}")
+        head = f"{', '.join(map(str, r['shape'])):26}{r['dtype']:10}{r['mode']:10}{r['impl']:10}"
+        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.1f}{r['of_copy']:9.2f}{r['speedup']:9.2f}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    with exit_codes():
+        print(kernel_table(kernel_bench(args.device, args.quick)))

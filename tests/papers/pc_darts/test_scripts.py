@@ -229,7 +229,7 @@ def test_two_ranks_give_the_single_process_gradients_and_the_same_weights(torchr
         ),
         ("train", "drop_path=1.0", "drop_path is a probability below 1"),
         ("train", "dataset=digits", "digits has 1 channel"),
-        ("evaluate", "checkpoint=nowhere", "no checkpoint at 'nowhere'; give --set checkpoint="),
+        ("evaluate", "checkpoint=nowhere", "no checkpoint at 'nowhere'; give a work dir of papers.pc_darts.train"),
         ("evaluate", "checkpoint=bad.pt", "bad.pt does not open"),
     ],
 )
