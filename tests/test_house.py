@@ -53,7 +53,10 @@ def test_skeleton_is_complete(slug):
         "README.md",
         "paper.yaml",
         "__init__.py",
+        "evaluate.py",
         "reproduce.py",
+        "bench.py",
+        "figures.py",
         "LICENSE",
         *(f"configs/{t}.yaml" for t in TIERS),
     ]

@@ -1,13 +1,19 @@
-"""What every folder's figures.py shares: matplotlib without a display, and where a figure goes."""
+"""What every folder's figures.py shares: matplotlib without a display, its command line, and where a figure goes."""
 
+import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from common.cli import Parser, exit_codes
+from common.results.records import load_records
 
-__all__ = ["plt", "save"]
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend without a display
+
+__all__ = ["main", "plt", "save"]
 
 
 def save(figure, path: Path) -> None:
@@ -17,3 +23,17 @@ def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=90)
     plt.close(figure)
     print(path)
+
+
+def main(draw: Callable[[list[dict], Path], None], script: str, argv: list[str] | None = None) -> None:
+    """`python -m papers.<slug>.figures [--out DIR]`: `draw(the folder's sound records, DIR)`."""
+    folder = Path(script).parent
+    parser = Parser(
+        prog=f"python -m papers.{folder.name}.figures",
+        description=sys.modules[draw.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs") / folder.name / "figures", help="for the PNG files")
+    args = parser.parse_args(argv)
+    with exit_codes():
+        draw([record for record in load_records(folder) if record["status"] == "ok"], args.out)

@@ -12,7 +12,7 @@ import yaml
 from common import runtime
 from common.cli import Job
 from common.errors import UserError
-from common.results import claims, record, records, reproduce, tables
+from common.results import claims, record, records, reproduce, stages, tables
 from common.results.records import Measured
 from common.results.verdicts import judge, number, spread, tolerance
 from common.runtime import World
@@ -51,24 +51,28 @@ def changed(path: str, value):
         ("typo", 1, "typo: Extra inputs are not permitted"),
         ("claims", [], "claims: List should have at least 1 item"),
         (
-            "claims.1.kind",
+            "claims.3.kind",
             "vibe",
-            r"claims\[1\] \(learns\).kind: Input should be 'cost', 'property', 'value', 'order' or 'ratio'",
+            r"claims\[3\] \(idea-helps\).kind: Input should be 'cost', 'property', 'value', 'order' or 'ratio'",
         ),
         (
-            "claims.1.metric.better",
+            "claims.3.metric.better",
             "up",
-            r"claims\[1\] \(learns\).metric.better: Input should be 'lower', 'higher' or 'equal'",
+            r"claims\[3\] \(idea-helps\).metric.better: Input should be 'lower', 'higher' or 'equal'",
         ),
-        ("claims.1.against", ..., r"claims\[1\] \(learns\): kind order needs against"),
-        ("claims.1.run", ..., r"claims\[1\] \(learns\): needs either run .* or blocked"),
-        ("claims.1.blocked", "no", r"claims\[1\] \(learns\): needs either run .* or blocked"),
-        ("claims.1.run.tier", "huge", r"claims\[1\] \(learns\).run.tier: Input should be 'quick', 'short' or 'full'"),
-        ("claims.1.run.seeds", [], r"claims\[1\] \(learns\).run.seeds: List should have at least 1 item"),
-        ("claims.1.id", "parameters", "claims: claim ids must be unique; more than once: parameters"),
-        ("claims.1.id", "Bad Id", r"claims\[1\] \(Bad Id\).id: String should match pattern"),
-        ("claims.1.dataset.id", "mars", "paper: claim learns: dataset 'mars' is not under datasets"),
-        ("claims.1.deviates", ["d9"], "paper: claim learns: deviates 'd9' is not under deviations"),
+        ("claims.3.against", ..., r"claims\[3\] \(idea-helps\): kind order needs against"),
+        ("claims.3.run", ..., r"claims\[3\] \(idea-helps\): needs either run .* or blocked"),
+        ("claims.3.blocked", "no", r"claims\[3\] \(idea-helps\): needs either run .* or blocked"),
+        (
+            "claims.3.run.tier",
+            "huge",
+            r"claims\[3\] \(idea-helps\).run.tier: Input should be 'quick', 'short' or 'full'",
+        ),
+        ("claims.3.run.seeds", [], r"claims\[3\] \(idea-helps\).run.seeds: List should have at least 1 item"),
+        ("claims.3.id", "parameters", "claims: claim ids must be unique; more than once: parameters"),
+        ("claims.3.id", "Bad Id", r"claims\[3\] \(Bad Id\).id: String should match pattern"),
+        ("claims.3.dataset.id", "mars", "paper: claim idea-helps: dataset 'mars' is not under datasets"),
+        ("claims.3.deviates", ["d9"], "paper: claim idea-helps: deviates 'd9' is not under deviations"),
         ("claims.0.reported", None, r"claims\[0\] \(parameters\): kind cost needs reported.value"),
         (
             "claims.0.reported",
@@ -283,9 +287,7 @@ def small_folder(tmp_path):
 
 def test_record_holds_what_a_verdict_and_a_reader_need(tmp_path):
     folder = small_folder(tmp_path)
-    made = records.execute(
-        lambda: Measured({"m": {"last": 1.5}}, {"lr": 0.1}), folder, "digits", "quick", job(tmp_path)
-    )
+    made = records.execute(lambda: Measured({"m": {"last": 1.5}}, {"lr": 0.1}), folder, "arms", "quick", job(tmp_path))
     assert made == records.read_record(tmp_path / "work" / "record.json")
     for key in ("argv", "config", "config_digest", "seed", "commit", "dirty", "code_digest", "data", "hardware", "versions",
                 "numerics", "scale", "seconds", "peak_memory_mib", "metrics", "curve", "status"):  # fmt: skip
@@ -315,7 +317,7 @@ def test_failures_are_records_too_and_are_raised(tmp_path, error, status):
         raise error
 
     with pytest.raises(type(error)):
-        records.execute(fail, small_folder(tmp_path), "digits", "quick", job(tmp_path))
+        records.execute(fail, small_folder(tmp_path), "arms", "quick", job(tmp_path))
     assert records.read_record(tmp_path / "work" / "record.json")["status"] == status
 
 
@@ -324,7 +326,7 @@ def test_refused_input_leaves_no_record(tmp_path):
         raise UserError("bad")
 
     with pytest.raises(UserError):
-        records.execute(fail, small_folder(tmp_path), "digits", "quick", job(tmp_path))
+        records.execute(fail, small_folder(tmp_path), "arms", "quick", job(tmp_path))
     assert not (tmp_path / "work").exists()
 
 
@@ -349,7 +351,7 @@ def test_code_digest_sees_code_and_configs_not_words(tmp_path):
 def test_finished_runs_are_reused_only_when_nothing_changed(tmp_path):
     folder, here = small_folder(tmp_path), job(tmp_path)
     assert records.reusable(here.work_dir, folder, here) is None
-    records.execute(lambda: Measured({"m": {"last": 1}}), folder, "digits", "quick", here)
+    records.execute(lambda: Measured({"m": {"last": 1}}), folder, "arms", "quick", here)
     assert records.reusable(here.work_dir, folder, here)["metrics"] == {"m": {"last": 1}}
     assert records.reusable(here.work_dir, folder, job(tmp_path, seed=1)) is None
     (folder / "configs" / "quick.yaml").write_text("train: {lr: 0.2}\n")
@@ -376,17 +378,17 @@ def test_unsound_records_are_refused(tmp_path, text, message):
 
 def test_record_is_promoted_only_when_a_claim_refers_to_it(tmp_path):
     folder = small_folder(tmp_path)
-    made = records.execute(lambda: Measured({"test_error": {"last": 1}}), folder, "digits", "quick", job(tmp_path, 3))
+    made = records.execute(lambda: Measured({"test_error": {"last": 1}}), folder, "arms", "quick", job(tmp_path, 3))
     target = record.promote(tmp_path / "work", tmp_path)
-    assert target == folder / "results" / "digits-quick-s3.json"
+    assert target == folder / "results" / "arms-quick-s3.json"
     assert records.load_records(folder) == [made]
     (folder / "code.py").write_text("x = 2\n")
-    records.execute(lambda: Measured({"test_error": {"last": 1}}), folder, "digits", "quick", job(tmp_path, 3))
+    records.execute(lambda: Measured({"test_error": {"last": 1}}), folder, "arms", "quick", job(tmp_path, 3))
     record.promote(tmp_path / "work", tmp_path)
     assert records.load_records(folder)[0]["repeats"] == {made["code_digest"]: ["test_error"]}
     records.execute(lambda: Measured({}), folder, "other", "quick", job(tmp_path))
     with pytest.raises(
-        UserError, match="no claim of _template is measured by experiment 'other'; experiments: costs, digits"
+        UserError, match="no claim of _template is measured by experiment 'other'; experiments: arms, costs, step"
     ):
         record.promote(tmp_path / "work", tmp_path)
     with pytest.raises(UserError, match="does not exist; a run writes it"):
@@ -420,12 +422,10 @@ def test_table_links_each_seed_to_its_record():
 # ---------------------------------------------------------------------------------------------- reproduce
 def test_tier_without_experiments_says_which_to_try(tmp_path):
     paper = claims.load_paper(claims.PAPERS / "_template")
-    experiments = {
-        "costs": reproduce.Experiment(None, ("quick",)),
-        "digits": reproduce.Experiment(None, ("quick", "full")),
-    }
-    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["costs", "digits"]
-    assert reproduce.chosen(paper, experiments, "full", "learns", "cpu") == ["digits"]
+    tiers = {"costs": ("quick",), "step": ("quick",), "arms": ("quick", "full")}
+    experiments = {name: reproduce.Experiment(None, found) for name, found in tiers.items()}
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["costs", "step", "arms"]
+    assert reproduce.chosen(paper, experiments, "full", "idea-helps", "cpu") == ["arms"]
     with pytest.raises(UserError, match="nothing to run for parameters at tier full; try TIER=quick"):
         reproduce.chosen(paper, experiments, "full", "parameters", "cpu")
     with pytest.raises(UserError, match="nothing to run for _template at tier short"):
@@ -433,33 +433,37 @@ def test_tier_without_experiments_says_which_to_try(tmp_path):
 
 
 def test_what_needs_a_gpu_runs_on_one_alone():
-    paper = changed("claims.0.run.device", "cuda")
+    paper = changed("claims.2.run.device", "cuda")
     paper = claims.Paper.model_validate(paper)
-    experiments = dict.fromkeys(("costs", "digits"), reproduce.Experiment(None, ("quick",)))
-    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["digits"]
-    assert reproduce.chosen(paper, experiments, "quick", None, "cuda") == ["costs", "digits"]
-    with pytest.raises(UserError, match="claim parameters is measured on cuda, this run is on cpu; set DEVICE"):
-        reproduce.chosen(paper, experiments, "quick", "parameters", "cpu")
+    experiments = dict.fromkeys(("costs", "step", "arms"), reproduce.Experiment(None, ("quick",)))
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu") == ["costs", "arms"]
+    assert reproduce.chosen(paper, experiments, "quick", None, "cuda") == ["costs", "step", "arms"]
+    with pytest.raises(UserError, match="claim step-time is measured on cuda, this run is on cpu; set DEVICE"):
+        reproduce.chosen(paper, experiments, "quick", "step-time", "cpu")
 
 
 def test_template_reproduces_end_to_end_and_reuses(tmp_path, monkeypatch, capsys):
     """Smoke and more: the table has both claims, the second call measures nothing again, and --resume never does."""
     from papers._template.reproduce import EXPERIMENTS
 
+    small = {"train_images": 64, "test_images": 32, "epochs": 1}
+    load_config = stages.load_config
+    monkeypatch.setattr(stages, "load_config", lambda *given, **changed: load_config(*given, **changed, **small))
     monkeypatch.chdir(tmp_path)
     script = str(claims.PAPERS / "_template" / "reproduce.py")
     reproduce.main(EXPERIMENTS, script, ["--seeds", "0 1"])
     out = capsys.readouterr().out
     assert "matches" in out
-    assert "trend holds" in out
-    assert "0 of 2 claims were not measured here" in out
+    assert "gain" in out
+    assert "0 of 5 claims were not measured here" in out
     reproduce.main(EXPERIMENTS, script, ["--seeds", "0 1"])
-    assert capsys.readouterr().out.count("done before") == 4
-    first = json.loads((tmp_path / "runs/_template/digits-quick-s0/record.json").read_text())
-    reproduce.main(EXPERIMENTS, script, ["--resume", "never", "--claim", "learns"])
+    assert capsys.readouterr().out.count("done before") == 6
+    first = json.loads((tmp_path / "runs/_template/arms-quick-s0/record.json").read_text())
+    reproduce.main(EXPERIMENTS, script, ["--resume", "never", "--claim", "idea-helps"])
     out = capsys.readouterr().out
     assert "done before" not in out
     assert "parameters" not in out.split("claim ")[1]
-    again = json.loads((tmp_path / "runs/_template/digits-quick-s0/record.json").read_text())
+    again = json.loads((tmp_path / "runs/_template/arms-quick-s0/record.json").read_text())
     assert again["weights_sha256"] == first["weights_sha256"]
-    assert again["metrics"] == first["metrics"]
+    for arm in ("norm", "plain"):
+        assert again["metrics"][f"{arm}_test_error"] == first["metrics"][f"{arm}_test_error"]
