@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +55,9 @@ class Page(HTMLParser):
         return [row for row in self.rows if row["table"] == "claims" and "data-verdict" in row["tr"]]
 
 
+read = cache(Page)  # of the shared site: nobody changes it
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -78,8 +82,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_claim_is_shown_once_as_the_tables_have_it(site, slug):
     _, judged = tables.judged(claims.PAPERS / slug)
-    index = [row for row in Page(site / "index.html").claims() if row["tr"]["data-paper"] == slug]
-    for rows in (index, Page(site / f"{slug}.html").claims()):
+    index = [row for row in read(site / "index.html").claims() if row["tr"]["data-paper"] == slug]
+    for rows in (index, read(site / f"{slug}.html").claims()):
         assert len(rows) == len(judged)
         for row, (claim, verdict) in zip(rows, judged, strict=True):
             text = words(row["claim"])
@@ -102,7 +106,7 @@ def record_file(slug: str, name: str) -> Path:
 
 
 def test_index_shows_all_papers_and_the_counts_of_the_summary(site):
-    page = Page(site / "index.html")
+    page = read(site / "index.html")
     assert len(page.claims()) == sum(len(claims.load_paper(claims.PAPERS / slug).claims) for slug in SLUGS)
     shown = [row for row in page.rows if row["table"] == "papers"][1:]
     summary = tables.summary_table([claims.PAPERS / slug for slug in SLUGS]).splitlines()[2:]
@@ -135,19 +139,15 @@ def test_commands_name_what_reproduce_runs(site, slug):
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_figure_is_shown_and_said_in_words(site, slug):
-    images = [attributes for tag, attributes in Page(site / f"{slug}.html").tags if tag == "img"]
+    images = [attributes for tag, attributes in read(site / f"{slug}.html").tags if tag == "img"]
     files = sorted(p.relative_to(site).as_posix() for p in (site / "figures" / slug).iterdir())
     assert sorted(image["src"] for image in images) == files != []
-    said = [*site_descriptions(slug)]
+    said = site_module.described(claims.PAPERS / slug).values()
     for image in images:
         assert any(what in image["alt"] for what in said), (
             f"{image['src']}: figures.py's docstring does not say what it is"
         )
     assert len({image["alt"] for image in images}) == len(images)
-
-
-def site_descriptions(slug: str) -> list[str]:
-    return list(site_module.described(claims.PAPERS / slug).values())
 
 
 # ------------------------------------------------------------------------------------------------ alone, anywhere

@@ -52,7 +52,7 @@ function filter() {
   button.addEventListener("click", () => sort(header, column));
   header.append(button);
 });
-form.addEventListener("input", filter);
+for (const event of ["input", "change"]) form.addEventListener(event, filter); // not every browser sends both
 form.addEventListener("reset", () => setTimeout(filter));
 form.addEventListener("submit", (event) => event.preventDefault());
 for (const link of document.querySelectorAll("a[data-show]")) {
