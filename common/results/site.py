@@ -116,14 +116,14 @@ def draw_curves(found: list[dict], path: Path) -> None:
                 points.setdefault((line.get("stage") or line.get("arm") or "", record["seed"]), []).append(line)
     stages = list(dict.fromkeys(stage for stage, _ in points))
     unit = "step" if all("step" in line for lines in points.values() for line in lines) else "epoch"
-    figure, axes = plt.subplots(figsize=(5.2, 3.6))
+    figure, axes = plt.subplots(figsize=(6.2, 3.4))
     for (stage, seed), lines in points.items():
         label = stage.replace("_", " ") if seed == found[0]["seed"] else None
         x, y = [line[unit] for line in lines], [line["train_loss"] for line in lines]
         axes.plot(x, y, marker=".", ms=3, lw=0.9, color=f"C{stages.index(stage) % 10}", label=label)
     axes.set(xlabel=unit, ylabel="training loss")
     if stages != [""]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     with contextlib.redirect_stdout(io.StringIO()):
         save(figure, path)
 
