@@ -141,10 +141,13 @@ def described(folder: Path) -> dict[str, str]:
     return found | {"curve-(.+).png": "training loss of every stage, one line a seed"}
 
 
-def make_figures(folder: Path, paper: claims.Paper, found: dict[str, dict], out: Path) -> dict[str, list[Figure]]:
-    """Draw and copy all figures of a paper into `out`; what they show -> those that show it."""
+def make_figures(
+    folder: Path, paper: claims.Paper, found: dict[str, dict], out: Path
+) -> tuple[dict[str, list[Figure]], bool]:
+    """Draw and copy all figures of a paper into `out`: (what they show -> those that show it, whether that is all)."""
     out.mkdir(parents=True)
-    if (folder / "figures.py").exists() and (complaint := draw(folder, out)):
+    complaint = draw(folder, out) if (folder / "figures.py").exists() else ""
+    if complaint:
         print(f"{paper.slug}: not every figure was drawn; {complaint}")
     for path in folder.glob("*.png"):
         shutil.copy(path, out)
@@ -161,7 +164,7 @@ def make_figures(folder: Path, paper: claims.Paper, found: dict[str, dict], out:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of the PNG's header
         alt = f"{short(paper)}: {what}" + (f"; {label}" if label else "")
         figures.setdefault(what, []).append(Figure(f"figures/{paper.slug}/{path.name}", alt, label, width, height))
-    return figures
+    return figures, not complaint
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -196,8 +199,8 @@ def write_site(out: Path, papers: Path) -> None:
         (out / "records" / slug).mkdir(parents=True)
         for name in found:
             shutil.copy(folder / "results" / f"{name}.json", out / "records" / slug)
-        figures = make_figures(folder, paper, found, out / "figures" / slug)
-        page(f"{slug}.html", "paper.html", paper=paper, rows=rows, figures=figures)
+        figures, complete = make_figures(folder, paper, found, out / "figures" / slug)
+        page(f"{slug}.html", "paper.html", paper=paper, rows=rows, figures=figures, complete=complete)
         by_paper[slug] = rows
         print(
             f"{slug}: {len(rows)} claims, {len(found)} records, {sum(map(len, figures.values()))} figures, "

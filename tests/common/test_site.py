@@ -1,13 +1,15 @@
 """The static pages: they show what tables.py computes, all of it, once; they need nothing but their own folder."""
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 from functools import cache
 from html.parser import HTMLParser
-from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -126,7 +128,7 @@ def test_records_are_copied_whole(site, slug):
 def test_commands_name_what_reproduce_runs(site, slug):
     """Each command, given to reproduce's own parser, chooses exactly the experiment of its claim; blocked ones have none."""
     paper = claims.load_paper(claims.PAPERS / slug)
-    experiments = import_module(f"papers.{slug}.reproduce").EXPERIMENTS
+    experiments = importlib.import_module(f"papers.{slug}.reproduce").EXPERIMENTS
     commands = re.findall(
         r"<code class=\"command\">(make reproduce [^<]* CLAIM=[^<]*)</code>", (site / "index.html").read_text()
     )
@@ -209,6 +211,25 @@ def test_a_paper_without_records_has_a_page(tmp_path):
     assert {row["tr"]["data-verdict"] for row in page.claims()} <= {"not run", "blocked"}
     assert "no record has anything to draw yet" in page.text
     assert not list((tmp_path / "out" / "records" / "hpm").iterdir())
+
+
+def test_figures_that_lack_data_are_named(tmp_path, monkeypatch, capsys):
+    """figures.py draws one figure, then ends as the scripts do on bad input; the page has the one and says so."""
+
+    def main(argv):
+        (Path(argv[1]) / "one.png").write_bytes((claims.PAPERS / "centernet" / "detections.png").read_bytes())
+        print("error: data/none is missing", file=sys.stderr)
+        sys.exit(2)
+
+    papers = small_house(tmp_path)
+    (papers / "hpm" / "figures.py").write_text('"""Draws.\n\none.png   the one (of its kind)\n"""\n')
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=main))
+    site_module.build(tmp_path / "out", papers)
+    page = Page(tmp_path / "out" / "hpm.html")
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert "Horizontal Pyramid Matching for Person Re-identification: the one (of its kind)" in alts
+    assert "make figures PAPER=hpm" in page.text
+    assert "data/none is missing" in capsys.readouterr().out
 
 
 def test_a_failed_run_does_not_stop_the_page(tmp_path):
