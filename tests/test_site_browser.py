@@ -36,7 +36,7 @@ def visit(browser, site):
     """visit(page name, width, height, scheme, scripts) opens a page of the site and returns the browser."""
 
     def go(name: str = "index", width: int = 1440, height: int = 900, scheme: str = "light", scripts: bool = True):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [
             {"name": "prefers-color-scheme", "value": scheme},
