@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer, a POSIX shell, Linux or macOS on Apple silicon. Start with `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce results record data bench figures gpu test lint export new lock FORCE
+.PHONY: help setup reproduce results site record data bench figures gpu test lint export new lock FORCE
 
 ## PAPER=slug          a folder of papers/, e.g. pc_darts
 ## TIER=quick          quick (no data, no GPU, minutes), short (real data, one GPU) or full (the paper's protocol)
@@ -12,12 +12,14 @@
 ## DATASET=name        which dataset to fetch
 ## RUN=runs/...        which run to record; "runs/pc_darts/*-quick-s*" for several
 ## DEST=dir            where the exported folder goes
+## OUT=dir             where the web page goes
 ## PYTHON=python3      run on this interpreter as it is, without .venv and without installing anything
 ## TORCH_BACKEND=cpu   other builds of torch in .venv: cpu (small), auto, cu130, ...; locked goes back to the default
 TIER ?= quick
 DEVICE ?= auto
 override DATA := $(patsubst ~/%,$(HOME)/%,$(DATA))
 override DEST := $(patsubst ~/%,$(HOME)/%,$(DEST))
+override OUT := $(patsubst ~/%,$(HOME)/%,$(OUT))
 ifneq ($(DATA),)
 export REPRO_DATA := $(DATA)
 endif
@@ -40,6 +42,7 @@ $(if $(call asked,reproduce),$(call paper,reproduce,paper.yaml))
 $(if $(call asked,figures),$(call paper,figures,figures.py))
 $(if $(call asked,export),$(call paper,export,__init__.py)$(call need,export PAPER=$(PAPER),DEST,~/my_project))
 $(if $(call asked,new),$(call need,new,PAPER,my_paper))
+$(if $(call asked,site),$(call need,site,OUT,site))
 $(if $(call asked,data),$(call need,data,DATASET,cifar10))
 $(if $(call asked,record),$(call need,record,RUN,runs/pc_darts/c10-short-s0))
 $(if $(and $(call asked,bench),$(PAPER)),$(call paper,bench,bench.py))
@@ -58,6 +61,9 @@ reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= RESUME= DATA=]: run 
 
 results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results
+
+site: $(READY)  ## OUT=: write claims, verdicts, records and figures as a static web page
+	@$(PY) -m common.results.site --out "$(OUT)"
 
 record: $(READY)  ## RUN=: promote a run's record to evidence in its paper's results/
 	@$(PY) -m common.results.record $(RUN)

@@ -112,6 +112,7 @@ def test_help_lists_everything():
         "DATASET",
         "RUN",
         "DEST",
+        "OUT",
         "PYTHON",
         "TORCH_BACKEND",
     ]
@@ -145,6 +146,7 @@ def house(tmp_path):
         ("export DEST=there", "PAPER"),
         ("export PAPER=toy", "DEST"),
         ("data", "DATASET"),
+        ("site", "OUT"),
         ("record", "RUN"),
         ("reproduce PAPER=other", "papers/other"),
         ("bench PAPER=other", "papers/other"),
@@ -170,6 +172,7 @@ def test_missing_variable_is_one_line(house, arguments, named):
             "--data '/home/me/a b'",
         ),
         ("results", "-m common.results"),
+        ("site OUT='~/my site'", "-m common.results.site --out '/home/me/my site'"),
         ("record RUN=runs/a", "-m common.results.record runs/a"),
         ("data DATASET=cifar10", "-m common.datasets cifar10"),
         ("data DATASET=cifar10 DATA=d", "-m common.datasets cifar10 --root d"),

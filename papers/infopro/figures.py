@@ -84,10 +84,10 @@ def draw_probes(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/infopro/figures"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with exit_codes():
         found = [record for record in load_records(FOLDER) if record["status"] == "ok"]
         of = {name: [r for r in found if r["experiment"] == name] for name in ("costs", "step", "arms", "c10-arms")}
