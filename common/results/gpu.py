@@ -27,6 +27,7 @@ from common.cli import Parser, exit_codes
 from common.errors import UserError
 from common.results import claims, record, records, reproduce, tables
 from common.results.verdicts import TIER_ORDER, judge
+from common.runtime import EXIT_STOPPED
 
 GRACE = 20  # seconds that a step out of time has to save
 KEPT = 60  # seconds of the budget kept back: for the start, for GRACE, for the tables
@@ -106,6 +107,20 @@ def obstacles(steps: list[Step], papers: Path, data: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ a visit
+class Time:
+    """The time of a visit, from now on. `stop`, a signal handler, ends it: what runs is stopped, what there is stays."""
+
+    def __init__(self, seconds: float):
+        self.end, self.stopped = time.monotonic() + seconds, False
+
+    def stop(self, *_) -> None:
+        self.stopped = True
+
+    def left(self) -> float:
+        """Seconds, never negative."""
+        return 0.0 if self.stopped else max(0.0, self.end - time.monotonic())
+
+
 @dataclass(frozen=True)
 class Outcome:
     step: Step
@@ -116,24 +131,24 @@ class Outcome:
 
 
 def visit(
-    steps: list[Step], hindered: list[str], left: Callable[[], float], run: Callable[[Step, float], Outcome]
+    steps: list[Step], hindered: list[str], left: Callable[[], float], run: Callable[[Step], Outcome]
 ) -> Iterator[Outcome]:
-    """The outcome of each step, when it is there. left() -> seconds; run(step, seconds) is called for those that fit."""
+    """The outcome of each step, when it is there. left() -> seconds; `run` is called for those that fit."""
     for step, obstacle in zip(steps, hindered, strict=True):
         seconds = left()
         if obstacle:
             yield Outcome(step, obstacle)
         elif 60 * step.minutes > seconds:
-            yield Outcome(step, f"does not fit into {max(0, seconds) / 60:.0f} min")
+            yield Outcome(step, f"does not fit into {seconds / 60:.0f} min")
         else:
-            yield run(step, seconds)
+            yield run(step)
 
 
 def forecast(steps: list[Step], hindered: list[str], seconds: float) -> list[Outcome]:
     """What `visit` would come to if each step took its estimate."""
     spent = 0.0
 
-    def run(step: Step, _: float) -> Outcome:
+    def run(step: Step) -> Outcome:
         nonlocal spent
         spent += 60 * step.minutes
         return Outcome(step, "to run")
@@ -146,11 +161,11 @@ def command(step: Step) -> list[str]:
     return [sys.executable, "-m", f"papers.{step.paper}.reproduce", *flags]
 
 
-def run_step(step: Step, seconds: float, papers: Path, data: Path, out: Path | None) -> Outcome:
-    """Run a step for `seconds` at most and promote its record (a copy to `out`/<paper>/). Never raises for a step."""
+def run_step(step: Step, left: Callable[[], float], papers: Path, data: Path, out: Path | None) -> Outcome:
+    """Run a step and promote its record, with a copy to `out`/<paper>/. Whatever is wrong with a step is its outcome."""
     print(f"== {step}: {step.why}, about {step.minutes:g} min", flush=True)
     started, verdicts = time.monotonic(), ""
-    failure = failure_of(command(step), seconds, Path("runs") / "gpu" / f"{step.paper}-{step.run}.log", data)
+    failure = failure_of(command(step), left, Path("runs") / "gpu" / f"{step.paper}-{step.run}.log", data)
     if not failure:
         try:
             target = record.promote(Path("runs") / step.paper / step.run, papers)
@@ -165,14 +180,14 @@ def run_step(step: Step, seconds: float, papers: Path, data: Path, out: Path | N
     return Outcome(step, failure or "ok", took, verdicts, bool(failure))
 
 
-def failure_of(arguments: list[str], seconds: float, log: Path, data: Path) -> str:
-    """Run a command; its output is shown and kept in `log`. Returns what went wrong, or nothing. Out of time, it gets a
-    SIGTERM, GRACE seconds later a SIGKILL.
+def failure_of(arguments: list[str], left: Callable[[], float], log: Path, data: Path) -> str:
+    """Run a command as long as there is time left; its output is shown and kept in `log`. Returns what went wrong, if
+    anything.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     # The data root goes by the environment: a record holds the arguments, and must not tell where a machine keeps things.
     environment = {**os.environ, "REPRO_DATA": str(data), "PYTHONUNBUFFERED": "1"}
-    end, late = time.monotonic() + seconds, False
+    late = False
     with log.open("wb") as written, log.open(errors="replace") as shown:
         # A process group of its own: Ctrl-C does not reach it but by way of this process, and no part of it stays behind.
         child = subprocess.Popen(
@@ -183,17 +198,16 @@ def failure_of(arguments: list[str], seconds: float, log: Path, data: Path) -> s
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(0.2)
                 print(shown.read(), end="", flush=True)
-                late = time.monotonic() >= end
+                late = child.poll() is None and not left()
         finally:
             stop(child)
             print(shown.read(), end="", flush=True)
+    if child.returncode == 0:
+        return ""
     if late:
-        return f"out of time (exit {child.returncode})"
-    if child.returncode:
-        lines = log.read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        return f"exit {child.returncode}: {last} (all of it: {log})"
-    return ""
+        return "out of time, " + ("saved for a later visit" if child.returncode == EXIT_STOPPED else "nothing saved")
+    last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    return f"exit {child.returncode}: {last} (see {log})"
 
 
 def stop(child: subprocess.Popen) -> None:
@@ -235,27 +249,23 @@ def write_tables() -> bool:
 
 def gpu(args: argparse.Namespace, papers: Path) -> int:
     """Print the plan, go through it, print what came of it; returns the exit code."""
-    deadline = time.monotonic() + 60 * args.budget - KEPT
+    if not args.plan and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA device; expected a machine with one; --plan prints the plan anywhere")
+    clock = Time(60 * args.budget - KEPT)
     steps = load_plan(papers)
     hindered = obstacles(steps, papers, args.data)
     print(f"{args.budget:g} minutes, {KEPT / 60:g} of them kept back to save and to write the tables\n")
-    print(plan_table(forecast(steps, hindered, 60 * args.budget - KEPT)) + "\n", flush=True)
+    print(plan_table(forecast(steps, hindered, clock.left())) + "\n", flush=True)
     if args.plan:
         return 0
-    if not torch.cuda.is_available():
-        raise UserError("torch sees no CUDA device; expected a machine with one; --plan prints the plan anywhere")
 
-    outcomes, written = [], False
-    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: the step is stopped, what there is stays
-        signal.signal(number, signal.default_int_handler)
-    try:
-        run = functools.partial(run_step, papers=papers, data=args.data, out=args.out)
-        for outcome in visit(steps, hindered, lambda: deadline - time.monotonic(), run):
-            outcomes.append(outcome)
-    finally:
-        print(final_table(outcomes), flush=True)
-        written = write_tables()
-    return int(not written or any(outcome.failed for outcome in outcomes))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, clock.stop)
+    run = functools.partial(run_step, left=clock.left, papers=papers, data=args.data, out=args.out)
+    outcomes = list(visit(steps, hindered, clock.left, run))
+    print(final_table(outcomes), flush=True)
+    well = write_tables() and not any(outcome.failed for outcome in outcomes)
+    return EXIT_STOPPED if clock.stopped else int(not well)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
