@@ -101,7 +101,7 @@ def obstacles(steps: list[Step], papers: Path, data: Path) -> list[str]:
             return "recorded"
         names = (experiments_of(step.paper)[step.experiment].data or {}).get(step.tier, ())
         missing = [name for name in names if not datasets.available(name, data)]
-        return f"needs {', '.join(missing)}, which is not at {data}" if missing else ""
+        return f"no {', '.join(missing)} at {data}" if missing else ""
 
     return [obstacle(step) for step in steps]
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from common.errors import UserError
-from common.results import claims, gpu, records
+from common.results import claims, gpu, records, reproduce
 from common.results.reproduce import Experiment
 
 PAPER = yaml.safe_load((claims.PAPERS / "_template" / "paper.yaml").read_text())
@@ -198,7 +198,7 @@ def test_a_visit_goes_by_the_time_that_is_really_left():
 def test_recorded_steps_are_passed_over_until_the_code_changes(papers, tmp_path):
     plan, results = steps(*map(step, NAMES)), papers / "toy" / "results"
     results.mkdir()
-    needs = f"needs mnist, which is not at {tmp_path}"
+    needs = f"no mnist at {tmp_path}"
     assert gpu.obstacles(plan, papers, tmp_path) == ["", "", "", needs]
     made = {
         "one": record_of(papers, "one"),
@@ -234,13 +234,13 @@ def test_each_record_is_evidence_the_moment_its_step_ends(run, papers, monkeypat
         "1 toy/one-quick-cuda-s0 1 to run test",
         "2 toy/two-quick-cuda-s0 1 to run test",
         "3 toy/three-quick-cuda-s0 9 does not fit into 2 min test",
-        "4 toy/four-quick-cuda-s0 1 needs mnist, which is not at where test",
+        "4 toy/four-quick-cuda-s0 1 no mnist at where test",
     ]
     assert end == [
         "toy/one-quick-cuda-s0 0 ok 1 matches",
         "toy/two-quick-cuda-s0 0 ok 1 matches",
         "toy/three-quick-cuda-s0 - does not fit into 4 min",
-        "toy/four-quick-cuda-s0 - needs mnist, which is not at where",
+        "toy/four-quick-cuda-s0 - no mnist at where",
     ]
     commands(monkeypatch, one="exit 9", two="exit 9")
     assert run(step("one"), step("two"), argv=argv) == 0  # a second visit finds nothing to do
@@ -319,5 +319,7 @@ def test_a_visit_that_is_stopped_stops_its_step_and_keeps_what_there_is(run, pap
 
 def test_the_command_names_one_experiment_and_no_place():
     """Where the data lies goes by the environment: the arguments end up in the record."""
-    text = " ".join(gpu.command(*steps(step("one", seed=2)))[1:])
-    assert text == "-m papers.toy.reproduce --experiment one --tier quick --device cuda --seeds 2"
+    flags = gpu.command(*steps(step("one", seed=2)))[1:]
+    assert " ".join(flags) == "-m papers.toy.reproduce --experiment one --tier quick --device cuda --seeds 2"
+    args = reproduce.parse(flags[2:])
+    assert (args.experiment, args.tier, args.device, args.seeds) == ("one", "quick", "cuda", [2])
