@@ -12,11 +12,13 @@
 ## DATASET=name        which dataset to fetch
 ## RUN=runs/...        which run to record; "runs/pc_darts/*-quick-s*" for several
 ## DEST=dir            where the exported folder goes
-## OUT=dir             where the web page goes
+## BUDGET=25           minutes that make gpu may take
+## OUT=dir             where make site puts the page, and make gpu a copy of each record as well
 ## PYTHON=python3      run on this interpreter as it is, without .venv and without installing anything
 ## TORCH_BACKEND=cpu   other builds of torch in .venv: cpu (small), auto, cu130, ...; locked goes back to the default
 TIER ?= quick
 DEVICE ?= auto
+BUDGET ?= 25
 override DATA := $(patsubst ~/%,$(HOME)/%,$(DATA))
 override DEST := $(patsubst ~/%,$(HOME)/%,$(DEST))
 override OUT := $(patsubst ~/%,$(HOME)/%,$(OUT))
@@ -77,11 +79,8 @@ bench: $(READY)  ## [PAPER= DEVICE=]: speed of a paper's method and kernels; wit
 figures: $(READY)  ## PAPER=: draw the figures of a paper
 	@$(PY) -m papers.$(PAPER).figures
 
-gpu: $(READY)  ## the tests and kernel benchmarks that need a CUDA device
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no CUDA device")'
-	$(PY) -m pytest -m gpu
-	@for paper in $(patsubst papers/%/kernels/__init__.py,%,$(wildcard papers/*/kernels/__init__.py)); do \
-	  echo "$$paper"; $(PY) -m papers.$$paper.bench --device cuda || exit; done
+gpu: $(READY)  ## [BUDGET= DATA= OUT=]: on a CUDA machine, the steps of papers/gpu.yaml that fit into BUDGET minutes
+	@$(PY) -m common.results.gpu --budget "$(BUDGET)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
 test: $(READY)  ## the fast test suite (pytest -m slow trains for minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"

@@ -184,6 +184,8 @@ def test_reproduce_refuses_bad_flags(slug, monkeypatch, capsys, tmp_path):
         ("--claim", "no-such-claim"): "has no claim 'no-such-claim'; it has:",
         ("--seeds", "one"): "expected whole numbers",
         ("--seeds", " "): "expected whole numbers",
+        ("--experiment", "no-such"): "has no experiment 'no-such'; it has:",
+        ("--experiment", "a", "--claim", "b"): "not allowed with argument",
     }
     for argv, message in bad.items():
         code, _, err = run_script(module, list(argv), capsys)

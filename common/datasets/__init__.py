@@ -11,7 +11,7 @@ from common.datasets.device_loader import DeviceLoader
 from common.datasets.images import PUBLISHED, SPLITS, Images, data_root, load_npz
 from common.errors import UserError
 
-__all__ = ["DeviceLoader", "Images", "data_root", "known", "load", "prepare", "splits"]
+__all__ = ["DeviceLoader", "Images", "available", "data_root", "known", "load", "prepare", "splits"]
 
 GENERATED = {"cluttered_digits": "digits", "large_canvas": "digits", "large_canvas_cifar10": "cifar10"}  # from what
 EMBEDDED = ("digits", *(name for name, source in GENERATED.items() if source == "digits"))
@@ -91,6 +91,20 @@ def prepare(name: str, root: Path | None = None) -> None:
     name = GENERATED.get(name, name)
     if name in official.SOURCES:
         official.convert(name, root)
+
+
+def available(name: str, root: Path | None = None) -> bool:
+    """Whether `prepare` has all that it needs at hand. Never downloads; archives are looked for, not opened."""
+    from common.datasets import official
+
+    root, source = Path(root or data_root()), GENERATED.get(name, name)
+    if source in PUBLISHED:
+        return official.at_hand(source, root)
+    try:
+        prepare(name, root)  # of all other sets it only looks what is there
+    except UserError:
+        return False
+    return True
 
 
 def require_known(name: str, root: Path) -> None:

@@ -34,6 +34,20 @@ SOURCES = {
     "stl10": _by_split(datasets.STL10),
 }
 
+ARCHIVES = {  # where torchvision finds a set; one of these, but both of SVHN's files
+    "cifar10": [("cifar-10-python.tar.gz",), ("cifar-10-batches-py",)],
+    "cifar100": [("cifar-100-python.tar.gz",), ("cifar-100-python",)],
+    "mnist": [("MNIST/raw",)],
+    "svhn": [("train_32x32.mat", "test_32x32.mat")],
+    "stl10": [("stl10_binary.tar.gz",), ("stl10_binary",)],
+}
+
+
+def at_hand(name: str, root: Path) -> bool:
+    """Whether the plain form of a published set, or an archive to make it of, lies in the root."""
+    plain = tuple(f"{name}/{split}.npz" for split in SPLITS)
+    return any(all((root / file).exists() for file in files) for files in [plain, *ARCHIVES.get(name, ())])
+
 
 def convert(name: str, root: Path) -> None:
     """Make the missing ones of `<root>/<name>/{train,test}.npz`; the only place that downloads.

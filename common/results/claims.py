@@ -177,20 +177,25 @@ def paper_folder(slug: str, papers: Path = PAPERS) -> Path:
 
 
 def load_paper(folder: Path) -> Paper:
-    """Read and check `folder/paper.yaml`. A wrong field gives one UserError that names it and what was expected."""
+    """Read and check `folder/paper.yaml`."""
     path = folder / "paper.yaml"
+    paper = checked(Paper, path)
+    if paper.slug != folder.name:
+        raise UserError(f"{path}: slug: is {paper.slug!r}, but the folder is {folder.name!r}")
+    return paper
+
+
+def checked(model: type[Part], path: Path) -> Part:
+    """A YAML file as a `model`. A wrong field gives one UserError that names it and what was expected."""
     content = read_yaml(path)
     try:
-        paper = Paper.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         first, more = error.errors()[0], error.error_count() - 1
         raise UserError(
             f"{path}: {_place(first['loc'], content)}: {first['msg'].removeprefix('Value error, ')}"
             + (f" (and {more} more)" if more else "")
         ) from None
-    if paper.slug != folder.name:
-        raise UserError(f"{path}: slug: is {paper.slug!r}, but the folder is {folder.name!r}")
-    return paper
 
 
 def _place(location: tuple, content) -> str:

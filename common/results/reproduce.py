@@ -27,27 +27,39 @@ class Experiment:
 
 
 def chosen(
-    paper: claims.Paper, experiments: dict[str, Experiment], tier: str, claim_id: str | None, device: str
+    paper: claims.Paper,
+    experiments: dict[str, Experiment],
+    tier: str,
+    claim_id: str | None,
+    device: str,
+    experiment: str | None = None,
 ) -> list[str]:
-    """Names of the experiments that `tier` (and `claim_id`) ask for on this kind of device, in the order of the claims."""
+    """Names of the experiments that `tier` (and `claim_id`, or `experiment`) ask for on this kind of device, in the order
+    of the claims.
+    """
+    if experiment and experiment not in experiments:
+        raise UserError(f"{paper.slug} has no experiment {experiment!r}; it has: {', '.join(experiments)}")
     wanted = [paper.claim(claim_id)] if claim_id else paper.claims
+    if experiment:
+        wanted = [claim for claim in wanted if claim.run and claim.run.experiment == experiment]
     if claim_id and wanted[0].blocked:
         raise UserError(f"claim {claim_id} cannot be measured: {wanted[0].blocked}")
-    if claim_id and wanted[0].run.device not in (None, device):
-        raise UserError(f"claim {claim_id} is measured on {wanted[0].run.device}, this run is on {device}; set DEVICE")
+    asked = f"claim {claim_id}" if claim_id else f"experiment {experiment}" if experiment else ""
+    if asked and all(claim.run.device not in (None, device) for claim in wanted):
+        raise UserError(f"{asked} is measured on {wanted[0].run.device}, this run is on {device}; set DEVICE")
     runs = [claim.run for claim in wanted if claim.run and claim.run.device in (None, device)]
     names = list(dict.fromkeys(run.experiment for run in runs if tier in experiments[run.experiment].tiers))
     if not names:
-        tiers = experiments[wanted[0].run.experiment].tiers if claim_id else sorted(paper.tiers)
+        tiers = experiments[wanted[0].run.experiment].tiers if asked else sorted(paper.tiers)
         raise UserError(
-            f"nothing to run for {claim_id or paper.slug} at tier {tier}; try TIER={' or TIER='.join(tiers)}"
+            f"nothing to run for {claim_id or experiment or paper.slug} at tier {tier}; try TIER={' or TIER='.join(tiers)}"
         )
     return names
 
 
 def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.Namespace) -> None:
     paper = claims.load_paper(folder)
-    names = chosen(paper, experiments, args.tier, args.claim, select_device(args.device).type)
+    names = chosen(paper, experiments, args.tier, args.claim, select_device(args.device).type, args.experiment)
     world = set_up_world(args.device)
     for name in dict.fromkeys(d for n in names for d in (experiments[n].data or {}).get(args.tier, ())):
         if world.is_main:
@@ -87,7 +99,9 @@ def parse(argv: list[str] | None = None, prog: str | None = None, paper: bool = 
     if paper:
         parser.add_argument("--paper", required=True, help="slug of the paper: a folder of papers/")
     shared_flags(parser)
-    parser.add_argument("--claim", help="only what this claim needs")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--claim", help="only what this claim needs")
+    part.add_argument("--experiment", help="only this one of the folder's reproduce.py")
     parser.add_argument("--seeds", default="0", help='e.g. "0 1 2" (default: 0)')
     args = parser.parse_args(argv)
     with exit_codes():

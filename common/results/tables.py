@@ -122,6 +122,11 @@ def terminal_table(rows: list[tuple[claims.Claim, Verdict]]) -> str:
     for claim, v in rows:
         unit = "" if claim.reported is None else f" {claim.metric.unit}"
         cells.append((claim.id, reported(claim) + unit, v.reproduced or "-", v.text))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    return aligned(cells)
+
+
+def aligned(cells: list[tuple[str, ...]]) -> str:
+    """Columns of text; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * min(sum(widths) + 6, 150), *lines[1:]])
+    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 150), *lines[1:]])

@@ -416,6 +416,41 @@ def test_data_step_of_embedded_unknown_and_own_sets(tmp_path, capsys):
     assert "mine test: 30 images of 4 x 4 x 3, 3 classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("cifar10", ["cifar-10-python.tar.gz"]),
+        ("cifar10", ["cifar10/train.npz", "cifar10/test.npz"]),
+        ("large_canvas_cifar10", ["cifar-10-batches-py/data_batch_1"]),
+        ("cifar100", ["cifar-100-python/train"]),
+        ("mnist", ["MNIST/raw/train-images-idx3-ubyte"]),
+        ("svhn", ["train_32x32.mat", "test_32x32.mat"]),
+        ("stl10", ["stl10_binary.tar.gz"]),
+    ],
+)
+def test_what_is_at_hand_is_told_without_a_download(tmp_path, monkeypatch, name, files):
+    monkeypatch.setattr(datasets, "prepare", None)  # calling it would fail
+    for file in files:
+        assert not datasets.available(name, tmp_path)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert datasets.available(name, tmp_path)
+
+
+def test_every_set_that_is_fetched_has_archives_to_look_for():
+    assert official.ARCHIVES.keys() == official.SOURCES.keys()
+
+
+def test_other_sets_are_at_hand_when_they_are_there(tmp_path, tree):
+    for name in ("digits", "large_canvas", "digit_scenes", "synthetic_people"):
+        assert datasets.available(name, tmp_path / "nowhere"), name
+    for name in ("imagenet", "coco", "bccd", "market1501", "mine", "cifar100_subset"):
+        assert not datasets.available(name, tmp_path / "nowhere"), name
+    save_npz(tmp_path / "mine" / "test.npz", *sample())
+    assert datasets.available("mine", tmp_path)
+    assert not datasets.available("imagenet", tree)  # three of a thousand classes
+
+
 # ------------------------------------------------------------------------------------------------ folder trees
 @pytest.fixture
 def tree(tmp_path):

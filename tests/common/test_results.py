@@ -442,6 +442,19 @@ def test_what_needs_a_gpu_runs_on_one_alone():
         reproduce.chosen(paper, experiments, "quick", "step-time", "cpu")
 
 
+def test_one_experiment():
+    paper = claims.Paper.model_validate(changed("claims.0.run.device", "cuda"))
+    experiments = dict.fromkeys(("costs", "digits"), reproduce.Experiment(None, ("quick",)))
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu", "digits") == ["digits"]
+    assert reproduce.chosen(paper, experiments, "quick", None, "cuda", "costs") == ["costs"]
+    with pytest.raises(UserError, match="experiment costs is measured on cuda, this run is on cpu; set DEVICE"):
+        reproduce.chosen(paper, experiments, "quick", None, "cpu", "costs")
+    with pytest.raises(UserError, match="nothing to run for digits at tier full; try TIER=quick"):
+        reproduce.chosen(paper, experiments, "full", None, "cpu", "digits")
+    with pytest.raises(UserError, match="_template has no experiment 'none'; it has: costs, digits"):
+        reproduce.chosen(paper, experiments, "quick", None, "cpu", "none")
+
+
 def test_template_reproduces_end_to_end_and_reuses(tmp_path, monkeypatch, capsys):
     """Smoke and more: the table has both claims, the second call measures nothing again, and --resume never does."""
     from papers._template.reproduce import EXPERIMENTS
