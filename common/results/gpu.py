@@ -165,7 +165,9 @@ def run_step(step: Step, left: Callable[[], float], papers: Path, data: Path, ou
     """Run a step and promote its record, with a copy to `out`/<paper>/. Whatever is wrong with a step is its outcome."""
     print(f"== {step}: {step.why}, about {step.minutes:g} min", flush=True)
     started, verdicts = time.monotonic(), ""
-    failure = failure_of(command(step), left, Path("runs") / "gpu" / f"{step.paper}-{step.run}.log", data)
+    log = Path("runs") / "gpu" / f"{step.paper}-{step.run}.log"
+    patience = started + 120 + 300 * step.minutes  # a step that hangs must not take the whole visit
+    failure = failure_of(command(step), lambda: max(0.0, min(left(), patience - time.monotonic())), log, data)
     if not failure:
         try:
             target = record.promote(Path("runs") / step.paper / step.run, papers)
