@@ -1,11 +1,11 @@
-"""Does dropping blocks save the time that it saves in mult-adds? The engine against the whole network.
+"""Does dropping blocks save the time that it saves in multiply-adds? The engine against the whole network.
 
     python -m papers.blockdrop.bench [--device auto|cpu|cuda] [--network r110 r101] [--batch 256 32 1] [--rounds 5]
 
-Random weights and given policies; the policy network runs all the same, and its time and mult-adds count. Policies are
-random sets of blocks: `own`, each image another; `few`, 10 in all (the paper: 469 for CIFAR-10, 10 for ImageNet). Both
-sides have the same folded weights, memory layout and chunks, and take turns; a ratio is the median over rounds. `saving`
-is (1 - time) / (1 - mult-adds): 1 where time falls as mult-adds do.
+Random weights and given policies; the policy network runs all the same, and its time and multiply-adds count. Policies
+are random sets of blocks: `own`, each image another; `few`, 10 in all (the paper: 469 for CIFAR-10, 10 for ImageNet).
+Both sides have the same folded weights, memory layout and chunks, and take turns; a ratio is the median over rounds.
+`saving` is (1 - time) / (1 - multiply-adds): 1 where time falls as multiply-adds do.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a policy costs, in mult-adds. Counted on the meta device: no data, no arithmetic, whatever the size."""
+"""What a policy costs, in multiply-adds. Counted on the meta device: no data, no arithmetic, whatever the size."""
 
 import copy
 from math import prod
@@ -12,7 +12,7 @@ from .policy import PolicyNet
 
 
 class Cost(NamedTuple):
-    """Mult-adds of one image, of convolutions and linear layers. The paper's FLOPs are twice as many."""
+    """Multiply-adds of one image, of convolutions and linear layers. The paper's FLOPs are twice as many."""
 
     fixed: int  # always run: stem, convolutions in shortcuts, classifier
     blocks: tuple[int, ...]  # the residual branch of each block
@@ -29,7 +29,7 @@ def costs(model: DroppableResNet, policy_net: PolicyNet | None = None, size: int
 
 
 def mult_adds(cost: Cost, policies: Tensor) -> Tensor:
-    """Policies (..., K), 1 keep / 0 drop -> mult-adds (...) of an image under each, float64; affine in the policy.
+    """Policies (..., K), 1 keep / 0 drop -> multiply-adds (...) of an image under each, float64; affine in the policy.
 
     The policy network is in it, if it is in `cost`.
     """
@@ -40,7 +40,7 @@ def mult_adds(cost: Cost, policies: Tensor) -> Tensor:
 
 
 def _layers(net: nn.Module, size: int) -> dict[nn.Module, int]:
-    """Mult-adds of every convolution and linear layer in one forward pass of one image."""
+    """Multiply-adds of every convolution and linear layer in one forward pass of one image."""
     counted = {}
 
     def count(layer: nn.Module, _inputs: tuple[Tensor], out: Tensor) -> None:

@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 from common import cli, runtime
 from common.checkpoints import Progress, read_checkpoint
-from common.cli import Job, build_config
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import reinforce, train
 from .cost import costs
 from .policy import PolicyNet, load_resnet18, policy_cifar, policy_imagenet
 from .usage import evaluate_policies, greedy_policies, policy_metrics, require_decisions
+
+SCRIPT = "blockdrop.curriculum"
 
 
 @dataclass
@@ -49,12 +50,6 @@ class Config:
                              "beta >= 0 and gamma >= 0")  # fmt: skip
 
 
-def from_identity(config_class: type, values: dict, where: str):
-    """The config of an earlier stage, out of what its checkpoint says it was."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    return build_config(config_class, {key: value for key, value in values.items() if key in known}, where)
-
-
 def build_policy(config: Config, settings: train.Config, num_blocks: int) -> PolicyNet:
     """The policy network that goes with a ResNet, untrained."""
     if settings.network == "torchvision":
@@ -78,18 +73,17 @@ def zero_gradients(*networks: torch.nn.Module) -> None:
 def run(config: Config, job: Job) -> Measured:
     """Train the policy network; returns accuracy and cost under its greedy policies on the test split, and the curve."""
     runtime.seed_everything(job.seed, job.deterministic)
-    payload = read_checkpoint(config.checkpoint, "blockdrop.train")
-    settings = from_identity(train.Config, payload["identity"], config.checkpoint)
+    payload = read_checkpoint(config.checkpoint, train.SCRIPT)
+    settings = config_of(train.Config, payload["identity"], config.checkpoint)
     data = part(dataclasses.replace(settings, batch_size=config.batch_size), job, "train")
     tests = part(settings, job, "test")
     watched = part(settings, job, "held_out").loader if settings.held_out else tests.loader  # images alone, no labels
     classes = payload["identity"]["classes"]
-    if data.classes != classes:
-        raise UserError(f"the checkpoint has {classes} classes, {settings.dataset} has {data.classes}")
+    data.require_classes(classes)
     model = train.build(settings, classes)
     model.load_state_dict(payload["state"]["parts"]["model"])
     K = model.num_blocks
-    identity = {"script": "blockdrop.curriculum", "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
     identity |= {"resnet": runtime.weights_sha256(model), "classes": classes}
     identity |= {"trained": dataclasses.asdict(settings)}
     policy_net = build_policy(config, settings, K)
@@ -151,7 +145,7 @@ def run(config: Config, job: Job) -> Measured:
     policies = greedy_policies(policy_net, tests.loader, min(K, config.epochs))
     correct = evaluate_policies(model, policies, tests.loader, settings.amp)
     return Measured(
-        metrics=policy_metrics(policies, correct, cost) | {"curriculum_seconds": {"last": round(progress.seconds, 2)}},
+        metrics=policy_metrics(policies, correct, cost) | {"curriculum_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data=data.digests | tests.digests,

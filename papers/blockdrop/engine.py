@@ -3,8 +3,9 @@
     engine = SkippingEngine(model, policy_net)
     logits, policies = engine(images)
 
-Copying the rows that a block keeps out of the batch, and its results back, takes time that mult-adds do not count. Here
-a block finds its rows side by side and works on that slice in place: before every two blocks, rows are put in the order
+Copying the rows that a block keeps out of the batch, and its results back, takes time that multiply-adds do not count.
+Here a block finds its rows side by side and works on that slice in place: before every two blocks, rows are put in the
+order
 
     kept by the first (1, 0) | by both (1, 1) | by the second (0, 1) | by none (0, 0)
 

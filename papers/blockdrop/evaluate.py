@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of any stage: accuracy, blocks and mult-adds an image, unique policies, use of each block.
+"""Evaluate a checkpoint of any stage: accuracy, blocks and multiply-adds an image, unique policies, use of each block.
 
     python -m papers.blockdrop.evaluate --set checkpoint=runs/blockdrop/finetune-full-s0
 
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
-from common.cli import Job
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
 from common.results.records import Measured
 
 from . import curriculum, finetune, train
@@ -23,7 +22,7 @@ from .cost import costs
 from .engine import SkippingEngine
 from .model import DroppableResNet
 from .policy import PolicyNet
-from .usage import evaluate_policies, greedy_policies, policy_metrics
+from .usage import evaluate_policies, greedy_policies, policy_metrics, right_answers
 
 
 @dataclass
@@ -33,21 +32,21 @@ class Config:
     test_images: int = -1  # -1: as in its own training; 0: all
 
 
-def trained(name: str) -> tuple[DroppableResNet, PolicyNet | finetune.Told | None, train.Config, dict]:
+def trained_model(name: str) -> tuple[DroppableResNet, PolicyNet | finetune.Told | None, train.Config, dict]:
     """(ResNet, its policy or None after stage 0, config of stage 0, payload), both networks in eval mode."""
-    payload = read_checkpoint(name, "blockdrop.finetune", "blockdrop.curriculum", "blockdrop.train")
+    payload = read_checkpoint(name, finetune.SCRIPT, curriculum.SCRIPT, train.SCRIPT)
     identity, parts = payload["identity"], payload["state"]["parts"]
-    settings = curriculum.from_identity(train.Config, identity.get("trained", identity), name)
+    settings = config_of(train.Config, identity.get("trained", identity), name)
     model = train.build(settings, identity["classes"])
     model.load_state_dict(parts["model"])
     model.eval()
-    if identity["script"] == "blockdrop.train":
+    if identity["script"] == train.SCRIPT:
         return model, None, settings, payload
     if identity.get("policy", "learned") == "learned":
-        stage_1 = curriculum.from_identity(curriculum.Config, identity.get("curriculum", identity), name)
+        stage_1 = config_of(curriculum.Config, identity.get("curriculum", identity), name)
         policy = curriculum.build_policy(stage_1, settings, model.num_blocks)
     else:
-        policy = finetune.Told(curriculum.from_identity(finetune.Config, identity, name), model.num_blocks)
+        policy = finetune.Told(config_of(finetune.Config, identity, name), model.num_blocks)
     policy.load_state_dict(parts["policy"])
     return model, policy.eval(), settings, payload
 
@@ -66,38 +65,31 @@ def usage(policies: Tensor, labels: Tensor, classes: int) -> dict:
 
 def run(config: Config, job: Job) -> Measured:
     """Accuracy and cost under the greedy policies (the fixed ones of a baseline, all blocks after stage 0)."""
-    if job.world.size > 1:
-        raise UserError("evaluate.py runs in one process; start it without torchrun")
-    model, policy, settings, payload = trained(config.checkpoint)
+    runtime.require_one_process(job.world, "evaluate.py")
+    model, policy, settings, payload = trained_model(config.checkpoint)
     identity = payload["identity"]
     if config.test_images >= 0:
         settings = dataclasses.replace(settings, test_images=config.test_images)
     tests = part(settings, job, "test")
-    if tests.classes != identity["classes"]:
-        raise UserError(f"the checkpoint has {identity['classes']} classes, {settings.dataset} has {tests.classes}")
+    tests.require_classes(identity["classes"])
     model = model.to(job.device)
     if policy is None:
         policies = torch.ones(tests.samples, model.num_blocks, dtype=torch.bool)
     elif isinstance(policy, PolicyNet):
-        short = identity["script"] == "blockdrop.curriculum"  # of fewer epochs than blocks: the first were not decided
+        short = identity["script"] == curriculum.SCRIPT  # of fewer epochs than blocks: the first were not decided
         decided = min(model.num_blocks, identity["epochs"]) if short else model.num_blocks
         policies = greedy_policies(policy.to(job.device), tests.loader, decided)
     else:
         policies = policy.policies(tests.samples, job)
     if config.engine:
-        engine, right, first = SkippingEngine(model), [], 0
-        for x, y in tests.loader.epoch(0):
-            logits, _ = engine(x, policies[first : first + len(x)].to(x.device))
-            right.append(logits.argmax(1).eq(y).cpu())
-            first += len(x)
-        correct = torch.cat(right)
+        engine = SkippingEngine(model)
+        correct = right_answers(lambda x, u: engine(x, u)[0], policies, tests.loader)
     else:
         correct = evaluate_policies(model, policies, tests.loader, settings.amp)
     labels = torch.cat([y.cpu() for _, y in tests.loader.epoch(0)])
+    cost = costs(model, policy if isinstance(policy, PolicyNet) else None, tests.size)
     return Measured(
-        metrics=policy_metrics(
-            policies, correct, costs(model, policy if isinstance(policy, PolicyNet) else None, tests.size)
-        ),
+        metrics=policy_metrics(policies, correct, cost),
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": identity["epochs"], "steps": payload["position"], "of": identity["script"]},
         data=tests.digests,

@@ -1,8 +1,8 @@
 """Draw the paper's figures from the committed records: `make figures PAPER=blockdrop`.
 
-accuracy-<experiment>.png   accuracy against mult-adds of all arms, one marker a seed (paper figure 3)
+accuracy-<experiment>.png   accuracy against multiply-adds of all arms, one marker a seed (paper figure 3)
 usage-<record>.png          share of the test images that keeps each block; mean blocks of each class (paper figures 5 and 6)
-skipping.png                time saved against mult-adds saved by the engine
+skipping.png                time saved against multiply-adds saved by the engine
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.cli import exit_codes
 from common.results.figures import plt, save
-from common.results.records import load_records
+from common.results.records import load_records, name_of
 
 FOLDER = Path(__file__).parent
 ARMS = {
@@ -36,7 +36,7 @@ def draw_accuracy(records: list[dict], path: Path) -> None:
             axes.scatter(
                 *zip(*points, strict=True), s=18, color=colour, marker=marker, label=name, zorder=2 + (marker == "x")
             )
-    axes.set(xlabel="mult-adds an image, policy network included [M]", ylabel="accuracy [%]")
+    axes.set(xlabel="multiply-adds an image, policy network included [M]", ylabel="accuracy [%]")
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -57,7 +57,7 @@ def draw_usage(record: dict, path: Path) -> None:
 
 
 def draw_skipping(records: list[dict], path: Path) -> None:
-    """Share of the time against share of the mult-adds that dropping blocks takes away; the diagonal is all of it."""
+    """Share of the time against share of the multiply-adds that dropping blocks saves; the diagonal is all of it."""
     figure, axes = plt.subplots(figsize=(4.2, 3.8))
     for batch, colour in ((256, "#4e79a7"), (32, "#f28e2b"), (1, "#e15759")):
         rows = [row for r in records for row in r["artifacts"]["rows"] if row["batch"] == batch]
@@ -66,7 +66,7 @@ def draw_skipping(records: list[dict], path: Path) -> None:
         if points:
             axes.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"batch {batch}")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=0.8, ls=":", zorder=0)
-    axes.set(xlabel="mult-adds saved", ylabel="time saved", xlim=(0, 1), ylim=(-0.2, 1))
+    axes.set(xlabel="multiply-adds saved", ylabel="time saved", xlim=(0, 1), ylim=(-0.2, 1))
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             mine = [record for record in trained if record["experiment"] == experiment]
             draw_accuracy(mine, args.out / f"accuracy-{experiment}.png")
             for record in mine:
-                draw_usage(record, args.out / f"usage-{experiment}-{record['tier']}-s{record['seed']}.png")
+                draw_usage(record, args.out / f"usage-{name_of(record)}.png")
         if skipping := [record for record in records if record["experiment"] == "skipping"]:
             draw_skipping(skipping, args.out / "skipping.png")
 

@@ -19,15 +19,17 @@ from tqdm import tqdm
 
 from common import cli, runtime
 from common.checkpoints import Progress, read_checkpoint
-from common.cli import Job
+from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import curriculum, reinforce, subsets, train
 from .cost import costs
 from .model import DroppableResNet
 from .usage import evaluate_policies, greedy_policies, policy_metrics, require_decisions
+
+SCRIPT = "blockdrop.finetune"
 
 
 @dataclass
@@ -94,10 +96,10 @@ class Told(nn.Module):
 def run(config: Config, job: Job) -> Measured:
     """Fine-tune; returns accuracy and cost on the test split under the policies of the test, and the curve."""
     runtime.seed_everything(job.seed, job.deterministic)
-    payload = read_checkpoint(config.checkpoint, "blockdrop.curriculum")
+    payload = read_checkpoint(config.checkpoint, curriculum.SCRIPT)
     before = payload["identity"]
-    settings = curriculum.from_identity(train.Config, before["trained"], config.checkpoint)
-    stage_1 = curriculum.from_identity(curriculum.Config, before, config.checkpoint)
+    settings = config_of(train.Config, before["trained"], config.checkpoint)
+    stage_1 = config_of(curriculum.Config, before, config.checkpoint)
     data = part(dataclasses.replace(settings, batch_size=config.batch_size), job, "train")
     tests = part(settings, job, "test")
     held_out = part(settings, job, "held_out").loader if settings.held_out else None
@@ -109,7 +111,7 @@ def run(config: Config, job: Job) -> Measured:
         policy.load_state_dict(payload["state"]["parts"]["policy"])
     else:
         policy = Told(config, K)
-    identity = {"script": "blockdrop.finetune", "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
     identity |= {"networks": runtime.weights_sha256(model, policy), "classes": before["classes"]}
     identity |= {"trained": before["trained"], "curriculum": dataclasses.asdict(stage_1) | {"checkpoint": ""}}
     cost = costs(model, policy if learned else None, data.size)
@@ -184,7 +186,7 @@ def run(config: Config, job: Job) -> Measured:
                 raise runtime.Stopped(f"fine-tuning at step {progress.step} of {per_epoch * config.epochs}")
 
     return Measured(
-        metrics=tested() | {"finetune_seconds": {"last": round(progress.seconds, 2)}},
+        metrics=tested() | {"finetune_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config) | {"trained": before["trained"], "curriculum": dataclasses.asdict(stage_1)},
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data=data.digests | tests.digests,

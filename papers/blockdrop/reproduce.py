@@ -4,14 +4,15 @@ python -m papers.blockdrop.reproduce --tier quick
 """
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from common.cli import Job, load_config
+from common.cli import Job
 from common.metrics.compute import parameters
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import one_record, run_stage, share_of, tier_config
 
 from . import curriculum, evaluate, finetune, train
 from .bench import KEEPS, skipping_bench
@@ -21,18 +22,14 @@ from .policy import policy_cifar, policy_imagenet
 from .reinforce import bounded, curriculum_loss, greedy
 from .subsets import all_policies
 
-FOLDER = Path(__file__).parent
+# in the paper's curriculum and fine-tuning, by the data set of ours
 IMAGES_SEEN = {"cifar10": 7000 * 50_000, "cifar100": 7000 * 50_000, "cluttered_digits": 7000 * 50_000,
                "imagenet": 55 * 1_281_167}  # fmt: skip
 
 
-def metric(value: float) -> dict:
-    return {"last": value}
-
-
 # ------------------------------------------------------------------------------------------------ costs and properties
 def sizes(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: sizes, costs, equal forms of the network, the gradient estimator."""
+    """All claims that need no training: sizes, costs, equal forms of the network, the gradient estimator."""
     found = {}
     with torch.device("meta"):
         networks = {
@@ -63,7 +60,7 @@ def sizes(tier: str, job: Job) -> Measured:
     # Of the blocks that the README's runs keep, only their mean number is known; R-110: both strided ones among them.
     found["r110_readme_flops"] = 2 * (r110.fixed + r110.policy + 14.93 * r110.blocks[0] + 2 * r110.blocks[18])
     found["r101_readme_flops"] = 2 * (r101.fixed + r101.policy + 24.77 * r101.blocks[1])
-    return Measured({name: metric(value) for name, value in (found | forms() | estimator()).items()})
+    return Measured.of(found | forms() | estimator())
 
 
 def forms() -> dict[str, float]:
@@ -102,7 +99,7 @@ CASES = [f"{kept}_{kind}" for kept in KEEPS for kind in ("own", "few")]
 
 
 def skipping(tier: str, job: Job) -> Measured:
-    """Share of the time, and of the mult-adds, that dropping blocks saves: R-110 with its policy network."""
+    """Share of the time, and of the multiply-adds, that dropping blocks saves: R-110 with its policy network."""
     found, rows = {}, []
     for batch in (256, 32, 1):
         figures = skipping_bench(batch, rounds=3, min_run_time=0.5, device=job.device)
@@ -111,35 +108,23 @@ def skipping(tier: str, job: Job) -> Measured:
             found |= {f"b{batch}_{case}_{what}_saved": 1 - figures[f"{what}_{case}"] for what in ("mult_adds", "time")}
         rows.append({"batch": batch, **figures})
     settings = {"network": "R-110 CIFAR", "keeps": list(KEEPS), "threads": torch.get_num_threads()}
-    return Measured({name: metric(value) for name, value in found.items()}, config=settings, artifacts={"rows": rows})
+    return Measured.of(found, config=settings, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
 def stages(arms: dict[str, dict], config: str | None = None, baselines: tuple[str, ...] = (), **overrides) -> Callable:
     """An experiment: ResNet, curriculum, then a joint fine-tuning for each of `arms` (its changed settings); for each of
     `baselines` the same fine-tuning of the ResNet under policies with as many blocks as the first arm keeps in the mean.
     """
 
     def measure(tier: str, job: Job) -> Measured:
-        name, done = config or config_name(tier, job), {}
-
-        def go(stage: str, script, checkpoint: str | None = None, **changed) -> None:
-            given = {} if checkpoint is None else {"checkpoint": str(job.work_dir / checkpoint)}
-            settings = load_config(script.Config, FOLDER, name, script.__name__.split(".")[-1], **given, **changed)
-            done[stage] = script.run(settings, job.sub(stage))
-
-        go("full", train, **overrides)
-        go("curriculum", curriculum, "full")
-        for arm, changed in arms.items():
-            go(arm, finetune, "curriculum", **changed)
-        first = next(iter(arms))
-        for policy in baselines:
-            blocks = done[first].metrics["blocks"]["last"]
-            go(policy, finetune, "curriculum", policy=policy, blocks=blocks, **arms[first])
+        name, first = config or tier_config(tier, job), next(iter(arms))
+        done = {"full": run_stage(train, name, job, "full", **overrides)}
+        done["curriculum"] = run_stage(curriculum, name, job, "curriculum", checkpoint=str(job.work_dir / "full"))
+        tuned = partial(run_stage, finetune, name, job, checkpoint=str(job.work_dir / "curriculum"))
+        done |= {arm: tuned(arm, **changed) for arm, changed in arms.items()}
+        blocks = done[first].metrics["blocks"]["last"]
+        done |= {policy: tuned(policy, policy=policy, blocks=blocks, **arms[first]) for policy in baselines}
         metrics = {f"{stage}_{key}": value for stage, found in done.items() for key, value in found.metrics.items()}
         metrics["accuracy_loss"] = metric(metrics["full_accuracy"]["last"] - metrics[f"{first}_accuracy"]["last"])
         artifacts = {stage: found.artifacts for stage, found in done.items() if found.artifacts}
@@ -147,18 +132,8 @@ def stages(arms: dict[str, dict], config: str | None = None, baselines: tuple[st
             for stage in ("curriculum", *arms):
                 seen = evaluate.run(evaluate.Config(str(job.work_dir / stage)), job.sub(f"{stage}-evaluated"))
                 artifacts[stage] = seen.artifacts
-        settings = done["full"].config
-        seen = sum(found.scale["steps"] * found.scale["batch"] for found in (done["curriculum"], done[first]))
-        return Measured(
-            metrics,
-            config={stage: found.config for stage, found in done.items()},
-            scale={**done[first].scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN[settings["dataset"]]))},
-            data=done["full"].data,
-            numerics=done["full"].numerics,
-            curve=[{"stage": stage, **line} for stage, found in done.items() for line in found.curve],
-            artifacts=artifacts,
-            weights_sha256=done[first].weights_sha256,
-        )
+        share = share_of(IMAGES_SEEN[done["full"].config["dataset"]], done["curriculum"], done[first])
+        return one_record(metrics, done, first, share, artifacts)
 
     return measure
 

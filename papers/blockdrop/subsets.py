@@ -1,7 +1,6 @@
 """Policies that do not look at the image: what a learned one must beat at the same number of blocks (Table 1).
 
-`correct_table` and `best_subset` search; for small K the whole space of 2^K policies is looked at, which also gives the
-oracle: the cheapest policy that is right, image by image.
+`best_subset` searches; for small K it looks at the whole space of 2^K policies.
 """
 
 import torch
@@ -71,13 +70,6 @@ def correct_table(model: DroppableResNet, images: Tensor, labels: Tensor) -> Ten
 
     walk(model.features(images), 0)
     return torch.stack(answers, 1)
-
-
-def cheapest_correct(table: Tensor) -> Tensor:
-    """Blocks of the cheapest right policy of each image; K + 1 where none is right. (N, 2^K) -> int64 (N,)."""
-    K = table.shape[1].bit_length() - 1
-    sizes = all_policies(K).sum(1).to(table.device)
-    return sizes.where(table, K + 1).amin(1)
 
 
 @torch.inference_mode()

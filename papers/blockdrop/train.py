@@ -22,11 +22,14 @@ from common.checkpoints import Progress
 from common.cli import Job
 from common.datasets.classification import part
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .cost import costs
 from .model import DroppableResNet, from_torchvision, load_torchvision, resnet_cifar
+
+SCRIPT = "blockdrop.train"
+TORCHVISION_DEPTHS = (18, 34, 50, 101, 152)
 
 
 @dataclass
@@ -66,9 +69,6 @@ class Config:
             raise ValueError(f"milestones are rising epochs below {self.epochs}; they are {list(self.milestones)}")
 
 
-TORCHVISION_DEPTHS = (18, 34, 50, 101, 152)
-
-
 def build(config: Config, classes: int) -> DroppableResNet:
     """The network of a config, without its weights file; UserError where its numbers do not fit."""
     if config.network == "cifar":
@@ -101,19 +101,10 @@ def learning_rate(config, epoch: int) -> float:
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
 
 
-@torch.inference_mode()
 def accuracy(config: Config, model: DroppableResNet, loader, world) -> float:
     """Top-1 accuracy of the whole network in percent, over all ranks."""
-    was_training = model.training
-    model.eval()
-    found = torch.zeros(2, device=world.device)
-    for x, y in loader.epoch(0):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            logits = model(x)
-        found += torch.stack([topk_correct(logits.float(), y, (1,))[0].float(), y.new_tensor(len(y)).float()])
-    model.train(was_training)
-    right, seen = runtime.sum_over_ranks(found).tolist()
-    return 100 * right / seen
+    with evaluating(model, config.amp):
+        return accuracies(((model(x), y) for x, y in loader.epoch(0)), world).item()
 
 
 def run(config: Config, job: Job) -> Measured:
@@ -132,7 +123,7 @@ def run(config: Config, job: Job) -> Measured:
     )
     forward = DistributedDataParallel(model) if job.world.size > 1 else model
 
-    identity = {"script": "blockdrop.train", "seed": job.seed, "classes": train.classes}
+    identity = {"script": SCRIPT, "seed": job.seed, "classes": train.classes}
     progress = Progress(job, identity | dataclasses.asdict(config), model=model, optimiser=optimiser)
     per_epoch = len(train.loader)
     stop = runtime.StopFlag(job.world)
@@ -172,9 +163,9 @@ def run(config: Config, job: Job) -> Measured:
     runtime.broadcast_from_main(model.buffers())
     return Measured(
         metrics={
-            "accuracy": {"last": accuracy(config, model, tests.loader, job.world), "n": tests.samples},
-            "mult_adds": {"last": cost.fixed + sum(cost.blocks), "n": tests.samples},
-            "train_seconds": {"last": round(progress.seconds, 2)},
+            "accuracy": metric(accuracy(config, model, tests.loader, job.world), tests.samples),
+            "mult_adds": metric(cost.fixed + sum(cost.blocks), tests.samples),
+            "train_seconds": metric(round(progress.seconds, 2)),
         },
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},

@@ -1,9 +1,13 @@
 """What a policy network decides on a whole split, what that costs, and whether it still decides anything."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from common import runtime
+from common.metrics.accuracy import evaluating
+from common.results.records import metric
 
 from .cost import Cost, mult_adds
 from .model import DroppableResNet
@@ -11,29 +15,30 @@ from .policy import PolicyNet
 from .reinforce import forced, greedy
 
 
-@torch.inference_mode()
 def greedy_policies(policy_net: PolicyNet, loader, decided: int | None = None) -> Tensor:
     """u~ of every image of this rank's share of a split, in its order: bool (N, K), on the CPU."""
-    was_training = policy_net.training
-    policy_net.eval()
-    found = [greedy(policy_net(x)).cpu() for x, _ in loader.epoch(0)]
-    policy_net.train(was_training)
+    with evaluating(policy_net):
+        found = [greedy(policy_net(x)).cpu() for x, _ in loader.epoch(0)]
     return forced(torch.cat(found), policy_net.num_blocks if decided is None else decided)
 
 
-@torch.inference_mode()
-def evaluate_policies(model: DroppableResNet, policies: Tensor, loader, amp: bool = False) -> Tensor:
-    """Is each image classified right under its row of policies (N, K)? bool (N,), on the CPU; this rank's share."""
-    was_training = model.training
-    model.eval()
+def right_answers(answer: Callable[[Tensor, Tensor], Tensor], policies: Tensor, loader) -> Tensor:
+    """Is each image classified right under its row of policies (N, K)? bool (N,), on the CPU; this rank's share.
+
+    answer: images and their policies -> logits.
+    """
     found, first = [], 0
     for x, y in loader.epoch(0):
         u = policies[first : first + len(x)].to(x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            found.append(model(x, u).argmax(1).eq(y).cpu())
+        found.append(answer(x, u).argmax(1).eq(y).cpu())
         first += len(x)
-    model.train(was_training)
     return torch.cat(found)
+
+
+def evaluate_policies(model: DroppableResNet, policies: Tensor, loader, amp: bool = False) -> Tensor:
+    """`right_answers` of the masked form."""
+    with evaluating(model, amp):
+        return right_answers(model, policies, loader)
 
 
 def policy_metrics(policies: Tensor, correct: Tensor, cost: Cost) -> dict[str, dict]:
@@ -51,7 +56,7 @@ def policy_metrics(policies: Tensor, correct: Tensor, cost: Cost) -> dict[str, d
         "mult_adds_share": each.mean() / whole,
         "mult_adds_share_min": each.amin() / whole,
     }
-    return {name: {"last": float(value), "n": len(policies)} for name, value in found.items()}
+    return {name: metric(value, len(policies)) for name, value in found.items()}
 
 
 def require_decisions(policies: Tensor, when: str) -> None:

@@ -1,11 +1,12 @@
-"""Does stopping early save the time that it saves in mult-adds? Then: crops at once, against a loop over the images.
+"""Does stopping early save the time that it saves in multiply-adds? And crops at once, against a loop over the images.
 
     python -m papers.gfnet.bench [--device auto|cpu|cuda] [--batch 256 32 1] [--rounds 5] [--encoder tiny mobilenet_v3_large]
 
-Random weights and images; thresholds chosen so that the steps are taken as p asks (adaptive.exit_fractions). The engine with
-thresholds takes turns with the engine without, which runs all T steps in the same folded weights, layout and chunks; a
-ratio is the median over rounds. `saving` is (1 - time) / (1 - mult-adds): 1 where time falls as mult-adds do. The glance's
-resize, the same for both, pulls it down, crops and a slow policy push it up: they cost time and few or no mult-adds.
+Random weights and images; thresholds chosen so that the steps are taken as p asks (adaptive.exit_fractions). The engine
+with thresholds takes turns with the engine without, which runs all T steps in the same folded weights, layout and chunks;
+a ratio is the median over rounds. `saving` is (1 - time) / (1 - multiply-adds): 1 where time falls as multiply-adds do.
+The glance's resize, the same for both, pulls it down, crops and a slow policy push it up: they cost time and few or no
+multiply-adds.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from common.cli import exit_codes
 from common.metrics.compute import latency
+from common.metrics.kernel_time import copy_gb_per_s
 from common.runtime import select_device
 
 from .adaptive import confidence, exit_fractions, exits_taken, thresholds
@@ -84,9 +86,9 @@ def early_exit_bench(
 ) -> dict[str, float]:
     """Figures of one batch size, the engine checked first.
 
-    "full_images_s": images a second of the whole sequence; then for each p "mult_adds_p", "time_p": shares of the whole
-    sequence's (policy and classifier included), "saving_p", and "images_s_p". ValueError: batch or rounds below 1, another
-    encoder than those of SETTINGS.
+    "full_images_per_second": of the whole sequence; then for each p "mult_adds_p", "time_p": shares of the whole
+    sequence's (policy and classifier included), "saving_p", and "images_per_second_p". ValueError: batch or rounds below
+    1, another encoder than those of SETTINGS.
     """
     if rounds < 1 or batch < 1 or encoder not in SETTINGS:
         expected = f"at least 1 and one of {', '.join(SETTINGS)}"
@@ -106,11 +108,11 @@ def early_exit_bench(
         share[p] = costs[check(engine, images, logits).cpu() - 1].mean().item() / costs[-1].item()
         runs[f"{p:g}"] = lambda engine=engine: [engine(x) for x in images.split(batch)]
     measured = latency(runs, min_run_time, rounds)
-    figures = {"full_images_s": len(images) / measured["full"].median}
+    figures = {"full_images_per_second": len(images) / measured["full"].median}
     for p in budgets:
         time = measured[f"{p:g}"].ratio
         figures |= {f"mult_adds_{p:g}": share[p], f"time_{p:g}": time, f"saving_{p:g}": (1 - time) / (1 - share[p])}
-        figures |= {f"images_s_{p:g}": len(images) / measured[f"{p:g}"].median}
+        figures |= {f"images_per_second_{p:g}": len(images) / measured[f"{p:g}"].median}
     return figures
 
 
@@ -134,8 +136,8 @@ def crop_bench(
 ) -> dict[str, float]:
     """Milliseconds a batch of the crops of (batch, 3, size, size) images, checked to be equal bit for bit.
 
-    "loop_ms", "crop_ms" and "speed_up" (median over rounds); on CUDA also "gb_s", bytes read and written by the crop, and
-    "copy_gb_s", those of a plain copy of the images, which are too many for the cache.
+    "loop_ms", "crop_ms" and "speed_up" (median over rounds); on CUDA also "gb_per_s", bytes read and written by the
+    crop, and "copy_gb_per_s", those of a plain copy of more than the cache holds.
     """
     torch.manual_seed(0)
     images, locations = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, 2, device=device)
@@ -145,27 +147,23 @@ def crop_bench(
         "crop": lambda: crop(images, locations, patch),
         "loop": lambda: loop_of_slices(images, locations, patch),
     }
-    if images.is_cuda:
-        copied = torch.empty_like(images)
-        runs["copy"] = lambda: copied.copy_(images)
     measured = latency(runs, min_run_time, rounds)
     figures = {f"{name}_ms": 1e3 * measured[name].median for name in ("loop", "crop")}
     figures |= {"speed_up": measured["loop"].ratio}
     if images.is_cuda:
-        figures |= {"gb_s": 2e-9 * found.nbytes / measured["crop"].median}
-        figures |= {"copy_gb_s": 2e-9 * images.nbytes / measured["copy"].median}
+        figures |= {"gb_per_s": 2e-9 * found.nbytes / measured["crop"].median, "copy_gb_per_s": copy_gb_per_s("cuda")}
     return figures
 
 
 def table(figures: dict[str, float], batch: int, encoder: str) -> str:
     """One row a budget."""
-    lines = [f"{encoder}, batch {batch}: the whole sequence {figures['full_images_s']:.0f} images/s"]
+    lines = [f"{encoder}, batch {batch}: the whole sequence {figures['full_images_per_second']:.0f} images/s"]
     lines.append(f"{'p':>6}{'mult-adds':>11}{'time':>8}{'saving':>8}{'images/s':>10}")
     for key in figures:
         if key.startswith("saving_"):
             p = key.removeprefix("saving_")
             share, time, saving, speed = (
-                figures[f"{name}_{p}"] for name in ("mult_adds", "time", "saving", "images_s")
+                figures[f"{name}_{p}"] for name in ("mult_adds", "time", "saving", "images_per_second")
             )
             lines.append(f"{p:>6}{share:11.3f}{time:8.3f}{saving:8.2f}{speed:10.0f}")
     return "\n".join(lines)

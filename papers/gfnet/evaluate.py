@@ -16,10 +16,11 @@ from torch import Tensor
 
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
-from common.cli import Job
+from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.metrics.accuracy import evaluating
+from common.results.records import Measured, metric
 
 from . import finetune, train, train_policy
 from .adaptive import budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
@@ -33,35 +34,34 @@ EXAMPLES = 16  # test images whose places are kept, for figures
 class Config:
     checkpoint: str = ""  # a checkpoint of train.py, train_policy.py or finetune.py, or its work dir
     locations: Literal["auto", "policy", "random", "centre"] = "auto"  # auto: as trained; random for Stage I
-    budget: float = 0.0  # mult-adds an image, on average; 0: the curve over all budgets alone
+    budget: float = 0.0  # multiply-adds an image, on average; 0: the curve over all budgets alone
     test_images: int = -1  # -1: as in its own training; 0: all
 
 
 def trained_model(name: str):
-    """(GFNet and Policy or None with their weights, config of Stage I, identity, steps trained) of a checkpoint."""
+    """(GFNet, Policy or None, config of Stage I, identity, steps trained) of a checkpoint; networks in eval mode."""
     payload = read_checkpoint(name, train.SCRIPT, train_policy.SCRIPT, finetune.SCRIPT)
     identity, weights = payload["identity"], payload["state"]["parts"]
-    config = train_policy.settings_of(train.Config, identity.get("trained", identity), name)
+    config = config_of(train.Config, identity.get("trained", identity), name)
     model = train.build(config, identity["classes"])
     model.load_state_dict(weights["model"])
+    model.eval()
     policy = None
     if "policy" in weights:
-        chosen = train_policy.settings_of(train_policy.Config, identity.get("policy", identity), name)
+        chosen = config_of(train_policy.Config, identity.get("policy", identity), name)
         policy = train_policy.build(chosen, model)
         policy.load_state_dict(weights["policy"])
+        policy.eval()
     return model, policy, config, identity, payload["position"]
 
 
-@torch.inference_mode()
-def all_logits(config: train.Config, model, loader, device, crops: Places) -> tuple[Tensor, Tensor]:
+def all_logits(config: train.Config, model, loader, crops: Places) -> tuple[Tensor, Tensor]:
     """Of every image of a loader and every step: logits (N, T, classes) and labels (N,), on the CPU."""
-    model.eval()
     logits, labels = [], []
-    for number, (x, y) in enumerate(loader.epoch(0)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            steps = model(x, crops(number))
-        logits.append(torch.stack([step.logits.float() for step in steps], 1).cpu())
-        labels.append(y.cpu())
+    with evaluating(model, config.amp):
+        for number, (x, y) in enumerate(loader.epoch(0)):
+            logits.append(torch.stack([step.logits.float() for step in model(x, crops(number))], 1).cpu())
+            labels.append(y.cpu())
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -76,6 +76,7 @@ def budget_curve(held_out: Tensor, logits: Tensor, labels: Tensor, costs: list[i
 
 def run(config: Config, job: Job) -> Measured:
     """Accuracy and cumulative cost of every step; the budget curve; with a budget, its thresholds and what they buy."""
+    runtime.require_one_process(job.world, "evaluate.py")
     model, policy, settings, identity, position = trained_model(config.checkpoint)
     kind = config.locations
     if kind == "auto":
@@ -91,27 +92,24 @@ def run(config: Config, job: Job) -> Measured:
             f"{config.checkpoint} was trained with held_out=0: no image is left to choose thresholds on; train it with "
             "--set held_out=<images>"
         )
-    if job.world.size > 1:
-        raise UserError("evaluate.py runs in one process; start it without torchrun")
     held, tests = part(settings, job, "held_out"), part(settings, job, "test")
-    if tests.classes != identity["classes"]:
-        raise UserError(f"the checkpoint has {identity['classes']} classes, {settings.dataset} has {tests.classes}")
+    tests.require_classes(identity["classes"])
     costs = step_costs(model, policy if kind == "policy" else None)
     model, found = model.to(job.device), []
     policy = policy and policy.to(job.device)
     crops = {use: places(kind, job, use, policy) for use in ("held_out", "test")}
-    held_out = confidence(all_logits(settings, model, held.loader, job.device, crops["held_out"])[0])
-    logits, labels = all_logits(settings, model, tests.loader, job.device, noted(crops["test"], found))
+    held_out = confidence(all_logits(settings, model, held.loader, crops["held_out"])[0])
+    logits, labels = all_logits(settings, model, tests.loader, noted(crops["test"], found))
 
     accuracies = (100 * (logits.argmax(-1) == labels[:, None]).double().mean(0)).tolist()
     label = logits.softmax(-1).gather(2, labels[:, None, None].expand(-1, len(costs), 1))[..., 0]  # p_t[y], (N, T)
-    metrics = train.step_metrics(accuracies, tests.samples)
-    metrics |= {f"step{t}_mult_adds": {"last": cost} for t, cost in enumerate(costs, 1)}
-    metrics |= {"mean_reward": {"last": (label[:, -1] - label[:, 0]).double().mean().item(), "n": tests.samples}}
+    metrics = train.step_metrics(train.by_step(accuracies), tests.samples)
+    metrics |= {f"step{t}_mult_adds": metric(cost) for t, cost in enumerate(costs, 1)}
+    metrics |= {"mean_reward": metric((label[:, -1] - label[:, 0]).double().mean(), tests.samples)}
     artifacts = {"budget_curve": budget_curve(held_out, logits, labels, costs), "step_mult_adds": costs}
     if settings.steps > 1:
         where = by_image(found, settings.steps).float().cpu()
-        metrics |= {"spread": {"last": where.std(0).mean().item(), "n": tests.samples}}
+        metrics |= {"spread": metric(where.std(0).mean(), tests.samples)}
         artifacts |= {"places": where[:EXAMPLES].tolist()}
     if config.budget:
         try:
@@ -119,8 +117,8 @@ def run(config: Config, job: Job) -> Measured:
         except ValueError as error:
             raise UserError(f"budget: {error}") from None
         bought = budgeted(logits, labels, chosen, costs)
-        metrics |= {"budgeted_accuracy": {"last": bought.accuracy, "n": tests.samples}}
-        metrics |= {"budgeted_mult_adds": {"last": bought.cost}}
+        metrics |= {"budgeted_accuracy": metric(bought.accuracy, tests.samples)}
+        metrics |= {"budgeted_mult_adds": metric(bought.cost)}
         artifacts |= {
             "thresholds": chosen.clamp(-1, 2).tolist(),
             "p": p,  # 2: nobody stops there

@@ -1,9 +1,9 @@
 """Draw the paper's figures from the committed records: `make figures PAPER=gfnet`.
 
-anytime-<record>.png    accuracy after every step against mult-adds: policy, random, centre, bigger glance; budgeted (figure 4)
+anytime-<record>.png    accuracy after every step against multiply-adds, and under a budget (paper figure 4)
 patches-<record>.png    the first test images with the crops that the policy chose (paper figure 6)
 speed-<record>.png      budgeted prediction: accuracy against images a second of the engine (paper figure 5, on a CPU)
-exits.png               time saved against mult-adds saved by stopping early
+exits.png               time saved against multiply-adds saved by stopping early
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from common import datasets
 from common.cli import exit_codes
 from common.results.figures import plt, save
-from common.results.records import load_records
+from common.results.records import load_records, name_of
 
 FOLDER = Path(__file__).parent
 ARMS = {
@@ -35,7 +35,7 @@ def draw_anytime(record: dict, path: Path) -> None:
     curve = record["artifacts"]["policy"]["by_budget"]
     points = sorted((point["mult_adds"] / 1e6, point["accuracy"]) for point in curve)
     axes.plot(*zip(*points, strict=True), lw=1.2, ls="--", color=ARMS["policy"][1], label="policy, stopping early")
-    axes.set(xlabel="mult-adds an image, on average [M]", ylabel="accuracy [%]")
+    axes.set(xlabel="multiply-adds an image, on average [M]", ylabel="accuracy [%]")
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -71,14 +71,14 @@ def draw_speed(record: dict, path: Path) -> None:
 
 
 def draw_exits(records: list[dict], path: Path) -> None:
-    """Share of the time against share of the mult-adds that stopping early takes away; the diagonal is all of it."""
+    """Share of the time against share of the multiply-adds that stopping early saves; the diagonal is all of it."""
     figure, axes = plt.subplots(figsize=(4.2, 3.8))
     for batch, colour in ((256, "#4e79a7"), (32, "#f28e2b"), (1, "#e15759")):
         rows = [row for r in records for row in r["artifacts"]["rows"] if row["batch"] == batch]
         points = [(1 - row["mult_adds"], 1 - row["time"]) for row in rows]
         axes.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"batch {batch}")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=0.8, ls=":", zorder=0)
-    axes.set(xlabel="mult-adds saved", ylabel="time saved")
+    axes.set(xlabel="multiply-adds saved", ylabel="time saved")
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_codes():
         records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
         for record in records:
-            name = f"{record['experiment']}-{record['tier']}-s{record['seed']}.png"
+            name = f"{name_of(record)}.png"
             if "bigger_step1_accuracy" in record["metrics"]:
                 draw_anytime(record, args.out / f"anytime-{name}")
                 draw_speed(record, args.out / f"speed-{name}")

@@ -12,9 +12,8 @@ from typing import Literal
 
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
-from common.cli import Job
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
 from common.results.records import Measured
 
 from . import train, train_policy
@@ -44,13 +43,12 @@ def run(config: Config, job: Job) -> Measured:
     runtime.seed_everything(job.seed, job.deterministic)
     payload = read_checkpoint(config.checkpoint, train_policy.SCRIPT)
     before, weights = payload["identity"], payload["state"]["parts"]
-    settings = train_policy.settings_of(train.Config, before["trained"], config.checkpoint)
+    settings = config_of(train.Config, before["trained"], config.checkpoint)
     data, tests = (part(settings, job, which) for which in ("train", "test"))
-    if data.classes != before["classes"]:
-        raise UserError(f"the checkpoint has {before['classes']} classes, {settings.dataset} has {data.classes}")
+    data.require_classes(before["classes"])
     model = train.build(settings, data.classes)
     model.load_state_dict(weights["model"])
-    chosen = train_policy.settings_of(train_policy.Config, before, config.checkpoint)
+    chosen = config_of(train_policy.Config, before, config.checkpoint)
     policy = train_policy.build(chosen, model).requires_grad_(False)
     policy.load_state_dict(weights["policy"])
     identity = {"script": SCRIPT, "seed": job.seed, "classes": data.classes, **dataclasses.asdict(config)}
@@ -62,10 +60,8 @@ def run(config: Config, job: Job) -> Measured:
     crops = places(config.locations, job, "finetune", policy, sampled=True)
     test = places(config.locations, job, "test", policy)
     # This stage's epochs and rates, Stage I's all else.
-    recipe = dataclasses.replace(settings, epochs=config.epochs, lr=config.lr, classifier_lr=config.classifier_lr)
-    recipe = dataclasses.replace(
-        recipe, test_every=config.test_every, log_every=config.log_every, save_every=config.save_every
-    )
+    own = ("epochs", "lr", "classifier_lr", "test_every", "log_every", "save_every")
+    recipe = dataclasses.replace(settings, **{key: getattr(config, key) for key in own})
     progress, metrics = train.fit(recipe, job, identity, model, data, tests, crops, test, policy=policy)
     return Measured(
         metrics=metrics,

@@ -13,8 +13,9 @@ import torch
 from common.cli import Job, load_config
 from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train, train_policy
 from .adaptive import budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
@@ -29,16 +30,11 @@ from .places import places
 from .policy import Locator, Policy
 from .ppo import ENTROPY, log_prob, ppo_loss, replay, returns, rewards, standardised
 
-FOLDER = Path(__file__).parent
 IMAGES_SEEN = 135 * 1_231_167  # 60 + 15 + 60 epochs of ImageNet, less the held-out images
 
 
-def metric(value: float) -> dict:
-    return {"last": value}
-
-
 # ------------------------------------------------------------------------------------------------ costs and properties
-NETWORKS = {  # encoder, P, T of the rows that the card counts
+NETWORKS = {  # encoder, P, T of the rows that paper.yaml has
     "resnet50_96": ("resnet50", 96, 5),
     "resnet50_128": ("resnet50", 128, 5),
     "densenet121_96": ("densenet121", 96, 5),
@@ -50,7 +46,7 @@ NETWORKS = {  # encoder, P, T of the rows that the card counts
 
 
 def sizes(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: sizes, cumulative costs, crops, identities of PPO."""
+    """All claims that need no training: sizes, cumulative costs, crops, identities of PPO."""
     found = {}
     for name, (kind, patch, steps) in NETWORKS.items():
         with torch.device("meta"):
@@ -66,11 +62,11 @@ def sizes(tier: str, job: Job) -> Measured:
         found[f"{name}_classifier_params"] = parameters(full) / 1e6
         for t, cost in enumerate(step_costs(model, policy), 1):
             found[f"{name}_step{t}"] = cost / 1e6
-    return Measured({name: metric(value) for name, value in (found | crops() | ppo_identities()).items()})
+    return Measured.of(found | crops() | ppo_identities())
 
 
 def crops() -> dict[str, float]:
-    """Crops against slices over a grid of places, and where the card's four places start."""
+    """Crops against slices over a grid of places, and where those of the claims start."""
     rows = torch.arange(224.0)[:, None].expand(224, 224)
     images = torch.stack([rows, rows.T, torch.randn(224, 224)])[None]
     found, wrong = {}, 0
@@ -111,32 +107,27 @@ def ppo_identities() -> dict[str, float]:
 
 
 def exits(tier: str, job: Job) -> Measured:
-    """Share of the time, and of the mult-adds, that stopping early saves; crops at once against one slice an image."""
+    """Shares of time and multiply-adds that stopping early saves; crops at once against one slice an image."""
     found, rows = {}, []
     for batch in (256, 32, 1):
         figures = early_exit_bench(batch, rounds=3, min_run_time=0.5, device=job.device)
-        found[f"b{batch}_images_s"] = figures["full_images_s"]
+        found[f"b{batch}_images_per_second"] = figures["full_images_per_second"]
         for p in BUDGETS:
             row = {"batch": batch, "p": p, "mult_adds": figures[f"mult_adds_{p:g}"], "time": figures[f"time_{p:g}"]}
             found |= {f"b{batch}_p{p:g}_{name}_saved": 1 - row[name] for name in ("mult_adds", "time")}
-            found[f"b{batch}_p{p:g}_images_s"] = figures[f"images_s_{p:g}"]
+            found[f"b{batch}_p{p:g}_images_per_second"] = figures[f"images_per_second_{p:g}"]
             rows.append(row)
-    crop_figures = crop_bench(rounds=3, device=job.device)
-    found |= {f"crop_{name}": value for name, value in crop_figures.items()}
+    found |= {f"crop_{name}": value for name, value in crop_bench(rounds=3, device=job.device).items()}
     settings = {"encoder": "tiny", "size": 72, "patch": 24, "steps": 3, "threads": torch.get_num_threads()}
-    return Measured({name: metric(value) for name, value in found.items()}, config=settings, artifacts={"rows": rows})
+    return Measured.of(found, config=settings, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
 LOCATIONS = ("policy", "random", "centre")
 
 
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
 def cheapest_as_good(curve: list[dict], accuracy: float) -> float:
-    """Least mean mult-adds of a budget curve with at least this accuracy; infinite where it has none."""
+    """Least mean multiply-adds of a budget curve with at least this accuracy; infinite where it has none."""
     return min((point["mult_adds"] for point in curve if point["accuracy"] >= accuracy), default=float("inf"))
 
 
@@ -150,8 +141,8 @@ def early_exits(checkpoint: str, job: Job) -> tuple[list[dict], list[dict]]:
     model, policy = model.to(job.device), policy.to(job.device)
     held, tests = (part(dataclasses.replace(settings, batch_size=256), job, which) for which in ("held_out", "test"))
     crops_of = places("policy", job, "test", policy)
-    held_out = confidence(evaluate.all_logits(settings, model, held.loader, job.device, crops_of)[0])
-    logits, labels = evaluate.all_logits(settings, model, tests.loader, job.device, crops_of)
+    held_out = confidence(evaluate.all_logits(settings, model, held.loader, crops_of)[0])
+    logits, labels = evaluate.all_logits(settings, model, tests.loader, crops_of)
     costs, curve = step_costs(model, policy), []
     for budget in np.linspace(costs[0], costs[-1], 40):
         chosen, _, _ = thresholds_for_budget(held_out, costs, float(budget))
@@ -171,7 +162,7 @@ def early_exits(checkpoint: str, job: Job) -> tuple[list[dict], list[dict]]:
 
 
 def bigger_patch(settings: train.Config, budget: float, classes: int) -> int:
-    """Side of the single glance that costs at least `budget` mult-adds: the first multiple of 2."""
+    """Side of the single glance that costs at least `budget` multiply-adds: the first multiple of 2."""
     patch = settings.patch
     while True:
         patch += 2
@@ -181,92 +172,73 @@ def bigger_patch(settings: train.Config, budget: float, classes: int) -> int:
             return patch
 
 
+def at(job: Job, stage: str) -> str:
+    """Where a stage of the job leaves its checkpoint."""
+    return str(job.work_dir / stage)
+
+
+def evaluated(job: Job, stage: str) -> Measured:
+    return evaluate.run(evaluate.Config(at(job, stage)), job.sub(f"{stage}-evaluated"))
+
+
+def by_stage(found: dict[str, Measured]) -> dict[str, dict]:
+    """All metrics, each with its stage before its name."""
+    return {f"{stage}_{key}": value for stage, measured in found.items() for key, value in measured.metrics.items()}
+
+
 def canvas(tier: str, job: Job) -> Measured:
-    """Stages I to III; stage III also on random and on centre crops; a bigger single glance of the same mult-adds.
+    """Stages I to III; stage III also on random and on centre crops; a bigger single glance of the same multiply-adds.
 
     All encoders start from one that was trained on images which the object fills.
     """
-    name, done, metrics, artifacts = config_name(tier, job), {}, {}, {}
-
-    def go(stage: str, script, config: str = name, **changed) -> None:
-        settings = load_config(script.Config, FOLDER, config, script.__name__.split(".")[-1], **changed)
-        done[stage] = script.run(settings, job.sub(stage))
-
-    def at(stage: str) -> str:
-        return str(job.work_dir / stage)
-
-    go("start", train, f"{name}-start")
-    go("stage1", train, global_weights=at("start"), local_weights=at("start"))
-    go("stage2", train_policy, checkpoint=at("stage1"))
-    go("ppo4", train_policy, checkpoint=at("stage1"), ppo_epochs=4)
+    name, start = tier_config(tier, job), at(job, "start")
+    done = {"start": run_stage(train, f"{name}-start", job, "start")}
+    done["stage1"] = run_stage(train, name, job, "stage1", global_weights=start, local_weights=start)
+    done["stage2"] = run_stage(train_policy, name, job, "stage2", checkpoint=at(job, "stage1"))
+    done["ppo4"] = run_stage(train_policy, name, job, "ppo4", checkpoint=at(job, "stage1"), ppo_epochs=4)
     for locations in LOCATIONS:
-        go(locations, finetune, checkpoint=at("stage2"), locations=locations)
-    for stage in ("stage1", "stage2", *LOCATIONS):
-        found = evaluate.run(evaluate.Config(at(stage)), job.sub(f"{stage}-evaluated"))
-        metrics |= {f"{stage}_{key}": value for key, value in found.metrics.items()}
-        artifacts[stage] = found.artifacts
-    metrics |= {f"ppo4_{key}": value for key, value in done["ppo4"].metrics.items()}
-    settings = load_config(train.Config, FOLDER, name, "train")
-    cost = artifacts["policy"]["step_mult_adds"][-1]
-    patch = bigger_patch(settings, cost, part(settings, job, "test").classes)
-    epochs = settings.epochs + load_config(finetune.Config, FOLDER, name, "finetune").epochs
-    go("bigger", train, steps=1, patch=patch, epochs=epochs, global_weights=at("start"))
-    found = evaluate.run(evaluate.Config(at("bigger")), job.sub("bigger-evaluated"))
-    metrics |= {f"bigger_{key}": value for key, value in found.metrics.items()} | {"bigger_patch": metric(patch)}
-    curve, timed = early_exits(at("policy"), job)
+        done[locations] = run_stage(finetune, name, job, locations, checkpoint=at(job, "stage2"), locations=locations)
+    found = {stage: evaluated(job, stage) for stage in ("stage1", "stage2", *LOCATIONS)}
+    artifacts = {stage: measured.artifacts for stage, measured in found.items()}
+
+    _, _, settings, identity, _ = evaluate.trained_model(at(job, "policy"))
+    patch = bigger_patch(settings, artifacts["policy"]["step_mult_adds"][-1], identity["classes"])
+    changed = {"steps": 1, "patch": patch, "epochs": settings.epochs + done["policy"].scale["epochs"]}
+    done["bigger"] = run_stage(train, name, job, "bigger", global_weights=start, **changed)
+    found |= {"ppo4": done["ppo4"], "bigger": evaluated(job, "bigger")}
+    metrics = by_stage(found) | {"bigger_patch": metric(patch)}
+
+    curve, timed = early_exits(at(job, "policy"), job)
     for slack in (0, 1):  # points that stopping early may cost
         metrics[f"early_exit_mult_adds_{slack}"] = metric(cheapest_as_good(curve, curve[-1]["accuracy"] - slack))
     artifacts["policy"] |= {"by_budget": curve, "timed_budgets": timed}
-    seen = sum(done[stage].scale["steps"] * done[stage].scale["batch"] for stage in ("stage1", "stage2", "policy"))
-    return Measured(
-        metrics,
-        config={stage: found.config for stage, found in done.items()},
-        scale={**done["policy"].scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN))},
-        data=done["stage1"].data,
-        numerics=done["stage1"].numerics,
-        curve=[{"stage": stage, **line} for stage, found in done.items() for line in found.curve],
-        artifacts=artifacts,
-        weights_sha256=done["policy"].weights_sha256,
-    )
+    share = share_of(IMAGES_SEEN, *(done[stage] for stage in ("stage1", "stage2", "policy")))
+    return one_record(metrics, done, "policy", share, artifacts)
 
 
 def imagenet(config: str, budgets: tuple[str, ...], unit: float) -> Callable[[str, Job], Measured]:
     """The glance network, then stages I to III of one backbone; in one process also the anytime and the budgeted curve.
 
-    budgets: mean mult-adds an image, in `unit`s, at which the budgeted curve is read off, "budgeted_<budget>".
+    budgets: mean multiply-adds an image, in `unit`s, at which the budgeted curve is read off, "budgeted_<budget>".
     """
 
     def measure(tier: str, job: Job) -> Measured:
-        metrics, artifacts, done = {}, {}, {}
-
-        def go(stage: str, script, **changed) -> None:
-            settings = load_config(script.Config, FOLDER, config, script.__name__.split(".")[-1], **changed)
-            done[stage] = script.run(settings, job.sub(stage))
-
-        start = load_config(train.Config, FOLDER, config, "train").local_weights
-        go("glance", train, steps=1, global_weights=start, local_weights="")  # f_G: the same weights, fine-tuned
-        go("stage1", train, global_weights=str(job.work_dir / "glance"))
-        go("stage2", train_policy, checkpoint=str(job.work_dir / "stage1"))
-        go("policy", finetune, checkpoint=str(job.work_dir / "stage2"))
-        metrics |= {f"{stage}_{key}": value for stage, found in done.items() for key, value in found.metrics.items()}
+        # f_G starts from the weights that f_L starts from, fine-tuned
+        start = load_config(train.Config, Path(__file__).parent, config, "train").local_weights
+        done = {"glance": run_stage(train, config, job, "glance", steps=1, global_weights=start, local_weights="")}
+        done["stage1"] = run_stage(train, config, job, "stage1", global_weights=at(job, "glance"))
+        done["stage2"] = run_stage(train_policy, config, job, "stage2", checkpoint=at(job, "stage1"))
+        done["policy"] = run_stage(finetune, config, job, "policy", checkpoint=at(job, "stage2"))
+        metrics, artifacts = by_stage(done), {}
         if job.world.size == 1:
-            found = evaluate.run(evaluate.Config(str(job.work_dir / "policy")), job.sub("evaluated"))
-            metrics |= {f"policy_{key}": value for key, value in found.metrics.items()}
+            found = evaluated(job, "policy")
+            metrics |= by_stage({"policy": found})
             artifacts = {"policy": found.artifacts}
             curve = sorted((point["mult_adds"], point["accuracy"]) for point in found.artifacts["budget_curve"])
             for budget in budgets:
-                at = float(np.interp(float(budget) * unit, *zip(*curve, strict=True)))
-                metrics[f"budgeted_{budget}"] = {"last": at, "n": found.metrics["last_step_accuracy"]["n"]}
-        return Measured(
-            metrics,
-            config={stage: found.config for stage, found in done.items()},
-            scale={**done["policy"].scale, "fraction": 1.0},
-            data=done["stage1"].data,
-            numerics=done["stage1"].numerics,
-            curve=[{"stage": stage, **line} for stage, found in done.items() for line in found.curve],
-            artifacts=artifacts,
-            weights_sha256=done["policy"].weights_sha256,
-        )
+                accuracy = np.interp(float(budget) * unit, *zip(*curve, strict=True))
+                metrics[f"budgeted_{budget}"] = metric(accuracy, found.metrics["last_step_accuracy"]["n"])
+        return one_record(metrics, done, "policy", 1.0, artifacts)
 
     return measure
 

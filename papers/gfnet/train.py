@@ -22,8 +22,8 @@ from common.checkpoints import Progress, read_checkpoint
 from common.cli import Job
 from common.datasets.classification import Part, part
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .losses import sequence_loss
 from .model import GFNet
@@ -105,27 +105,25 @@ def cosine(epoch: int, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-@torch.inference_mode()
 def step_accuracies(config, model, loader, world, places: Places) -> list[float]:
     """Top-1 accuracy of every step in percent, over all ranks and the true number of images."""
-    was_training = model.training
-    model.eval()
-    right, seen = 0, torch.zeros((), device=world.device)
-    for number, (x, y) in enumerate(loader.epoch(0)):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            steps = model(x, places(number))
-        right = right + torch.stack([topk_correct(step.logits.float(), y, (1,))[0] for step in steps])
-        seen += len(y)
-    model.train(was_training)
-    found = runtime.sum_over_ranks(torch.cat([right.float(), seen[None]]))
-    return (100 * found[:-1] / found[-1]).tolist()
+    with evaluating(model, config.amp):
+        predictions = (
+            (torch.stack([step.logits for step in model(x, places(number))]), y)
+            for number, (x, y) in enumerate(loader.epoch(0))
+        )
+        return accuracies(predictions, world)[:, 0].tolist()
 
 
-def step_metrics(accuracies: list[float], samples: int) -> dict[str, dict]:
+def by_step(accuracies: list[float]) -> dict[str, float]:
     """{"step1_accuracy": ..., ..., "last_step_accuracy": ...}; the glance is step 1."""
     named = {f"step{t}_accuracy": value for t, value in enumerate(accuracies, 1)}
-    named |= {"last_step_accuracy": accuracies[-1]}
-    return {name: {"last": value, "n": samples} for name, value in named.items()}
+    return named | {"last_step_accuracy": accuracies[-1]}
+
+
+def step_metrics(line: dict, samples: int) -> dict[str, dict]:
+    """The accuracies that `by_step` named, out of a line of the curve."""
+    return {name: metric(value, samples) for name, value in line.items() if name.endswith("_accuracy")}
 
 
 def fit(
@@ -183,8 +181,7 @@ def fit(
                 line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
                 if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
                     runtime.broadcast_from_main(model.buffers())
-                    accuracies = step_accuracies(config, model, tests.loader, job.world, test)
-                    line |= {name: found["last"] for name, found in step_metrics(accuracies, 0).items()}
+                    line |= by_step(step_accuracies(config, model, tests.loader, job.world, test))
                 progress.log(f"{title} epoch {epoch + 1}/{config.epochs}", **line)
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
@@ -193,9 +190,8 @@ def fit(
                 progress.save(lr)
                 raise runtime.Stopped(f"{title} at step {progress.step} of {per_epoch * config.epochs}")
 
-    last = progress.curve[-1]
-    metrics = step_metrics([last[f"step{t}_accuracy"] for t in range(1, config.steps + 1)], tests.samples)
-    return progress, metrics | {f"{title}_seconds": {"last": round(progress.seconds, 2)}}
+    metrics = step_metrics(progress.curve[-1], tests.samples)
+    return progress, metrics | {f"{title}_seconds": metric(round(progress.seconds, 2))}
 
 
 def run(config: Config, job: Job) -> Measured:

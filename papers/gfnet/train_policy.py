@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from common import cli, runtime
 from common.checkpoints import Progress, read_checkpoint
-from common.cli import Job, build_config
+from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import train
 from .model import GFNet
@@ -54,12 +54,6 @@ class Config:
             raise ValueError(f"conv={self.conv}, wide={self.wide}, hidden={self.hidden}; expected 0 or more, 1, 1")
         if not 0 <= self.discount <= 1 or not 0 < self.clip < 1:
             raise ValueError(f"discount is {self.discount} and clip {self.clip}; expected 0..1 and between 0 and 1")
-
-
-def settings_of(config_class: type, values: dict, where: str):
-    """The config in the identity of a checkpoint, which holds more than its fields."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    return build_config(config_class, {key: value for key, value in values.items() if key in known}, where)
 
 
 def build(config: Config, model: GFNet) -> Policy:
@@ -105,14 +99,13 @@ def run(config: Config, job: Job) -> Measured:
     runtime.seed_everything(job.seed, job.deterministic)
     payload = read_checkpoint(config.checkpoint, train.SCRIPT)
     classes = payload["identity"]["classes"]
-    settings = settings_of(train.Config, payload["identity"], config.checkpoint)
+    settings = config_of(train.Config, payload["identity"], config.checkpoint)
     if settings.steps == 1:
         raise UserError(
             f"{config.checkpoint} was trained with steps=1: there is no crop to place; train it with 2 or more"
         )
     data, tests = (part(settings, job, which) for which in ("train", "test"))
-    if data.classes != classes:
-        raise UserError(f"the checkpoint has {classes} classes, {settings.dataset} has {data.classes}")
+    data.require_classes(classes)
     model = train.build(settings, classes)
     model.load_state_dict(payload["state"]["parts"]["model"])
     policy = build(config, model)
@@ -155,8 +148,7 @@ def run(config: Config, job: Job) -> Measured:
                 found = []
                 accuracies = train.step_accuracies(settings, model, tests.loader, job.world, noted(greedy, found))
                 spread = runtime.gather_rows(by_image(found, settings.steps)).std(0)
-                line |= {"spread": spread.mean().item()}
-                line |= {name: value["last"] for name, value in train.step_metrics(accuracies, 0).items()}
+                line |= {"spread": spread.mean().item()} | train.by_step(accuracies)
                 progress.log(f"policy epoch {epoch + 1}/{config.epochs}", **line)
                 sums.total.zero_()
                 if (spread < COLLAPSED).all():
@@ -172,10 +164,9 @@ def run(config: Config, job: Job) -> Measured:
                 raise runtime.Stopped(f"the policy at step {progress.step} of {per_epoch * config.epochs}")
 
     last = progress.curve[-1]
-    metrics = train.step_metrics([last[f"step{t}_accuracy"] for t in range(1, settings.steps + 1)], tests.samples)
-    metrics |= {name: {"last": last[name]} for name in ("mean_reward", "spread")}
+    metrics = train.step_metrics(last, tests.samples) | {name: metric(last[name]) for name in ("mean_reward", "spread")}
     return Measured(
-        metrics=metrics | {"policy_seconds": {"last": round(progress.seconds, 2)}},
+        metrics=metrics | {"policy_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": config.epochs, "steps": progress.step, "batch": settings.batch_size},
         data=data.digests | tests.digests,

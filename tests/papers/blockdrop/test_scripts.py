@@ -10,6 +10,7 @@ import torchvision
 from common import cli
 from common.checkpoints import checkpoints
 from common.errors import UserError
+from common.results import stages
 from common.results.claims import load_paper
 from common.runtime import Collapsed
 from papers.blockdrop import curriculum, evaluate, finetune, reinforce, reproduce, train, usage
@@ -108,7 +109,7 @@ def test_curriculum_decides_one_block_more_each_epoch_and_leaves_the_resnet_alon
 
 
 def _policies_and_labels(folder, job):
-    _, policy, settings, _ = evaluate.trained(str(folder))
+    _, policy, settings, _ = evaluate.trained_model(str(folder))
     tests = evaluate.part(settings, job, "test")
     return usage.greedy_policies(policy, tests.loader), torch.cat([y for _, y in tests.loader.epoch(0)])
 
@@ -129,7 +130,7 @@ def test_the_two_losses_of_fine_tuning_share_no_weight():
 
 def test_baselines_leave_the_policy_network_out_and_static_is_the_best_held_out_subset(stage_1, job, tmp_path):
     found = finetune.run(tiny_2(stage_1, policy="static", blocks=4), job(tmp_path / "static"))
-    model, _, settings, _ = evaluate.trained(str(stage_1))
+    model, _, settings, _ = evaluate.trained_model(str(stage_1))
     held_out = list(evaluate.part(settings, job(tmp_path), "held_out").loader.epoch(0))
     best = [finetune.subsets.best_subset(model, held_out, k) for k in (4, 5)]
     assert found.artifacts["kept"] == [policy.int().tolist() for policy in best]
@@ -228,8 +229,8 @@ def test_full_configs_are_the_papers_recipe():
                  third | {"epochs": 2000, "batch_size": 256, "milestones": (1600,), "gamma": 10}),
         "full-imagenet": (second | {"epochs": 45}, third | {"epochs": 10, "batch_size": 320, "milestones": (), "gamma": 5}),
     }  # fmt: skip
-    for name, stages in expected.items():
-        for script, numbers in zip((train, curriculum, finetune), (starts[name], *stages), strict=True):
+    for name, later in expected.items():
+        for script, numbers in zip((train, curriculum, finetune), (starts[name], *later), strict=True):
             config = cli.load_config(script.Config, FOLDER, name, script.__name__.split(".")[-1])
             assert {key: getattr(config, key) for key in numbers} == numbers, (name, script.__name__)
     assert train.learning_rate(cli.load_config(finetune.Config, FOLDER, "full", "finetune"), 1600) == pytest.approx(
@@ -248,7 +249,7 @@ def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(j
         changed = {key: value for key, value in changed.items() if key not in ("dataset", "depth")}
         return made[section][0](**made[section][1] | changed)
 
-    monkeypatch.setattr(reproduce, "load_config", settings)
+    monkeypatch.setattr(stages, "load_config", settings)
     found = {}
     for name in ("arms", "c10-r110"):
         found[name] = set(reproduce.EXPERIMENTS[name].measure("quick", job(tmp_path / name)).metrics)

@@ -64,14 +64,6 @@ def test_table_is_every_policy_run_by_itself(network):
         subsets.correct_table(network.train(), images, labels)
 
 
-def test_cheapest_right_policy_by_brute_force():
-    table = torch.rand(30, 16, generator=torch.Generator().manual_seed(0)) < 0.15
-    sizes = [sum(bits) for bits in itertools.product((0, 1), repeat=4)]
-    expected = [min((n for n, right in zip(sizes, row, strict=True) if right), default=5) for row in table.tolist()]
-    assert subsets.cheapest_correct(table).tolist() == expected
-    assert 5 in expected
-
-
 def test_best_subset_is_the_best_of_all_of_its_size(network):
     batches = [(torch.randn(15, 3, 16, 16), torch.randint(10, (15,))) for _ in range(2)]
     with torch.inference_mode():

@@ -11,6 +11,7 @@ import torch
 from common import cli, runtime
 from common.checkpoints import checkpoints
 from common.errors import UserError
+from common.results import stages
 from common.results.claims import load_paper
 from papers.gfnet import evaluate, finetune, places, reproduce, train, train_policy
 from papers.gfnet.encoders import FAMILY
@@ -256,7 +257,6 @@ def test_budget_thresholds_come_from_the_held_out_images(trained, job, tmp_path)
             settings,
             model,
             evaluate.part(settings, job(tmp_path), which).loader,
-            torch.device("cpu"),
             places.places("policy", job(tmp_path), which, policy),
         )
         for which in ("held_out", "test")
@@ -398,7 +398,8 @@ def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(j
         start = {"steps": 1} if name.endswith("-start") else {}
         return made[section][0](**made[section][1] | start | changed)
 
-    monkeypatch.setattr(reproduce, "load_config", settings)
+    for module in (stages, reproduce):
+        monkeypatch.setattr(module, "load_config", settings)
     canvas = reproduce.EXPERIMENTS["canvas"].measure("quick", job(tmp_path / "canvas"))
     whole = reproduce.EXPERIMENTS["imagenet-densenet"].measure("full", job(tmp_path / "imagenet"))
     metrics, configs = canvas.metrics, canvas.config
