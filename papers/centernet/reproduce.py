@@ -109,8 +109,9 @@ def kernels(tier: str, job: Job) -> Measured:
     rows = kernel_bench(job.device.type)
     found = {"copy_gb_per_s": rows[0]["gb_per_s"] / rows[0]["of_copy"]}
     for key, mine in by_pool(rows, SHAPES[-1]).items():
-        found["_".join((*key, "ms"))] = sum(row["ms"] for row in mine)
-        found["_".join((*key, "gb_per_s"))] = statistics.harmonic_mean(row["gb_per_s"] for row in mine)
+        name = "_".join(key)
+        found[f"{name}_ms"] = sum(row["ms"] for row in mine)
+        found[f"{name}_gb_per_s"] = statistics.harmonic_mean(row["gb_per_s"] for row in mine)
     return Measured.of(found, artifacts={"rows": rows})
 
 

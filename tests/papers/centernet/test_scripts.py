@@ -84,9 +84,15 @@ def test_the_loss_falls(job, tmp_path):
     assert found.curve[-1]["train_loss"] < 0.5 * found.curve[0]["train_loss"]
 
 
-def test_a_training_may_end_within_an_epoch(job, tmp_path):
+def test_a_training_may_end_within_an_epoch(job, tmp_path, monkeypatch):
+    """And reads no batch beyond its last step."""
+    read, loader_of = [], train.folder_loader
+    monkeypatch.setattr(
+        train, "folder_loader", lambda *a, **share: (read.append(1) or x for x in loader_of(*a, **share))
+    )
     found = train.run(tiny(steps=8, milestones=()), job(tmp_path))
     assert [(line["epoch"], line["step"]) for line in found.curve] == [(0, 6), (1, 8)]
+    assert len(read) == 8
 
 
 def test_a_nan_stops_the_run(job, stops_at_nan):
