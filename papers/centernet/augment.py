@@ -78,10 +78,14 @@ def colour_draw() -> Tensor:
     return torch.cat([torch.tensor([a, b, c]), light])
 
 
+def _standardised(x: Tensor) -> Tensor:
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
+
 def normalised(images: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..255 to float, less the mean, over the deviation."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    return _standardised(images.float() / 255)
 
 
 def coloured(images: Tensor, draws: Tensor) -> Tensor:
@@ -89,6 +93,4 @@ def coloured(images: Tensor, draws: Tensor) -> Tensor:
     x = images.float() / 255
     grey = torch.einsum("bchw,c->bhw", x, x.new_tensor(GREY))[:, None]
     a, b, c = draws[:, :3, None, None, None].unbind(1)
-    x = a * x + b * grey + c * grey.mean((2, 3), keepdim=True) + draws[:, 3:, None, None]
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (x - mean) / std
+    return _standardised(a * x + b * grey + c * grey.mean((2, 3), keepdim=True) + draws[:, 3:, None, None])

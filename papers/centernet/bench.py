@@ -26,7 +26,7 @@ from common.runtime import select_device
 
 from . import pooling
 from .augment import random_crop
-from .kernels.bench import cummax_pool, kernel_bench, table
+from .kernels.bench import cummax_pool, kernel_bench, kernel_table
 from .losses import detection_loss
 from .model import CenterNet, Output, centernet
 from .targets import Targets, render_targets
@@ -161,7 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     with exit_codes():
         device = select_device(args.device).type
-        print(table(kernel_bench(device)))
+        print(kernel_table(kernel_bench(device)))
         found = step_bench(device, args.side, args.batch, args.rounds) | memory_bench() | loading_bench()
         for name, value in found.items():
             print(f"{name:>16}{value:12.3f}")

@@ -24,7 +24,7 @@ from common.results.records import Measured
 
 from . import train
 from .detector import Detections, detect_objects
-from .evaluate import trained
+from .evaluate import trained_model
 
 COLOURS = ("#e15759", "#4e79a7", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 KEYPOINTS = ("#00ff00", "#ffff00", "#ff00ff")  # top left, bottom right, centre
@@ -82,9 +82,8 @@ def chosen(config: Config, settings: train.Config, job: Job):
 
 def run(config: Config, job: Job) -> Measured:
     """Write one PNG an image; counts images, boxes above the threshold, and files that did not open."""
-    if job.world.size > 1:
-        raise UserError("detect.py runs in one process; start it without torchrun")
-    model, settings, payload = trained(config.checkpoint)
+    runtime.require_one_process(job.world, "detect.py")
+    model, settings, payload = trained_model(config.checkpoint)
     model, classes = model.to(job.device), payload["identity"]["classes"]
     mode = "triplets" if settings.center != "none" else "pairs"
     out, boxes, unreadable = Path(config.out or job.work_dir / "detections"), 0, 0
@@ -104,8 +103,8 @@ def run(config: Config, job: Job) -> Measured:
     if unreadable == len(wanted):
         raise UserError(f"none of {len(wanted)} image(s) opened; see the lines above")
     counts = {"images": len(wanted) - unreadable, "boxes": boxes, "unreadable": unreadable}
-    return Measured(
-        {name: {"last": value} for name, value in counts.items()},
+    return Measured.of(
+        counts,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         weights_sha256=runtime.weights_sha256(model),
     )

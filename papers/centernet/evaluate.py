@@ -27,20 +27,18 @@ class Config:
     batch: int = 0
 
 
-def trained(name: str) -> tuple[CenterNet, train.Config, dict]:
+def trained_model(name: str) -> tuple[CenterNet, train.Config, dict]:
     """(the model in eval mode, the config it was trained with, payload of the checkpoint)."""
     payload = read_checkpoint(name, train.SCRIPT)
-    identity = payload["identity"]
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    settings = cli.build_config(train.Config, {k: v for k, v in identity.items() if k in known}, name)
-    model = train.build(settings, len(identity["classes"]))
+    settings = cli.config_of(train.Config, payload["identity"], name)
+    model = train.build(settings, len(payload["identity"]["classes"]))
     model.load_state_dict(payload["state"]["parts"]["model"])
     return model.eval(), settings, payload
 
 
 def run(config: Config, job: Job) -> Measured:
     """Average precision, recall and false discovery on the test split of its training."""
-    model, settings, payload = trained(config.checkpoint)
+    model, settings, payload = trained_model(config.checkpoint)
     try:
         settings = dataclasses.replace(
             settings,

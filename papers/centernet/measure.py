@@ -6,7 +6,9 @@ from torch import Tensor
 from common import runtime
 from common.datasets.detection import DetectionSet
 from common.errors import UserError
+from common.metrics.accuracy import evaluating
 from common.metrics.detection import Found, coco_metrics, false_discovery, false_discovery_by_area
+from common.results.records import metric
 
 from .detector import Detections, Settings, candidates, select, with_centers
 from .model import CenterNet
@@ -40,32 +42,27 @@ def detections(
     One pass of the network serves all of them; a model without a centre branch has pairs alone. oracle: triplets with the
     centres of the true boxes. An image that does not open is one without detections, told of in one line.
     """
-    was_training = model.training
-    model.eval()
     names = ("triplets", "pairs", "oracle") if len(model.stacks[-1].keypoints) == 3 else ("pairs",)
     rows, unreadable = {name: [torch.zeros(0, 7, dtype=torch.float64)] for name in names}, 0
-    for chosen in batches(images, batch, world):
-        there, pixels = [], []
-        for i in chosen:
-            try:
-                pixels.append(images.image(i))
-                there.append(i)
-            except UserError as error:
-                unreadable += 1
-                print(f"no detections: {error}", flush=True)
-        if not there:
-            continue
-        found = candidates(model, torch.stack(pixels).to(world.device), settings, amp)
-        truths = [images.truth(i) for i in there]
-        for name in names:
-            use = (
-                with_centers(found, [t.boxes for t in truths], [t.labels for t in truths])
-                if name == "oracle"
-                else found
-            )
-            kept = select(use, "pairs" if name == "pairs" else "triplets", settings)
-            rows[name] += [_rows(i, some) for i, some in zip(there, kept, strict=True)]
-    model.train(was_training)
+    with evaluating(model):
+        for chosen in batches(images, batch, world):
+            there, pixels = [], []
+            for i in chosen:
+                try:
+                    pixels.append(images.image(i))
+                    there.append(i)
+                except UserError as error:
+                    unreadable += 1
+                    print(f"no detections: {error}", flush=True)
+            if not there:
+                continue
+            found = candidates(model, torch.stack(pixels).to(world.device), settings, amp)
+            truths = [images.truth(i) for i in there]
+            true = with_centers(found, [t.boxes for t in truths], [t.labels for t in truths])
+            for name in names:
+                mode = "pairs" if name == "pairs" else "triplets"
+                kept = select(true if name == "oracle" else found, mode, settings)
+                rows[name] += [_rows(i, some) for i, some in zip(there, kept, strict=True)]
     by_image = {}
     for name, parts in rows.items():
         table = runtime.gather_rows(torch.cat(parts))
@@ -83,10 +80,8 @@ def measured(
     metrics, by_area = {}, {}
     for name, some in found.items():
         values = coco_metrics(truths, some, classes) | false_discovery(truths, some, classes)
-        metrics |= {
-            f"{name}_{key}": {"last": value, "n": len(images)} for key, value in values.items() if value == value
-        }
+        values["boxes"] = sum(len(s.scores) for s in some) / len(images)
+        metrics |= {f"{name}_{key}": metric(value, len(images)) for key, value in values.items() if value == value}
         by_area[name] = [None if v != v else round(v, 3) for v in false_discovery_by_area(truths, some, classes, EDGES)]
-        metrics[f"{name}_boxes"] = {"last": sum(len(s.scores) for s in some) / len(images), "n": len(images)}
-    metrics["untested"] = {"last": unreadable}
+    metrics["untested"] = metric(unreadable)
     return metrics, {"false_discovery_by_area": {"edges": EDGES, **by_area}}

@@ -3,15 +3,17 @@
 python -m papers.centernet.reproduce --tier quick
 """
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from common.cli import Job, load_config
+from common.cli import Job
 from common.metrics.compute import mult_adds, parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
+from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, train
 from .bench import loading_bench, memory_bench, step_bench
@@ -22,12 +24,7 @@ from .losses import offset_loss, pull_push
 from .model import CenterNet, Output, centernet
 from .targets import gaussian_radius, render_targets
 
-FOLDER = Path(__file__).parent
 IMAGES_SEEN = 480_000 * 48
-
-
-def metric(value: float) -> dict:
-    return {"last": float(value)}
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
@@ -48,7 +45,7 @@ def sizes(tier: str, job: Job) -> Measured:
                  "center": center.pooling, "heat": corner.heat, "tag": corner.tag, "offset": corner.offset}  # fmt: skip
         found |= {f"{name}_params": parameters(part) for name, part in parts.items()}
         found["cornernet_pooling_params"] = parameters(centernet(52, corner="plain").stacks[0].keypoints[0].pooling)
-    return Measured({name: metric(value) for name, value in (found | toys() | forms()).items()})
+    return Measured.of(found | toys() | forms())
 
 
 def toys() -> dict[str, float]:
@@ -87,31 +84,44 @@ def forms() -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ speed and memory
+def by_pool(rows: list[dict], shape: tuple[int, ...]) -> dict[tuple[str, ...], list[dict]]:
+    """Rows of one shape by (corners or center, impl, mode, dtype); those of corners are the four directions."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["shape"] == shape:
+            pool = "center" if row["op"] == "center" else "corners"
+            found[pool, row["impl"], row["mode"], row["dtype"]].append(row)
+    return found
+
+
 def pools(tier: str, job: Job) -> Measured:
     """The pools at one image's size against torch.cummax and the official loop over rows: milliseconds, corners added up."""
-    rows = kernel_bench(job.device.type, quick=True)
-    found: dict[str, float] = {}
-    for row in rows:
-        if row["shape"] == SHAPES[0]:
-            ours = row["impl"] in ("torch", "triton")
-            impl = "ours" if ours else row["impl"].replace(" ", "_")
-            name = f"{'center' if row['op'] == 'center' else 'corners'}_{impl}_{row['mode']}_ms"
-            found[name] = found.get(name, 0.0) + row["ms"]
-    threads = {"threads": torch.get_num_threads()}
-    return Measured({name: metric(ms) for name, ms in found.items()}, config=threads, artifacts={"rows": rows})
+    rows, found = kernel_bench(job.device.type, quick=True), {}
+    for (pool, impl, mode, dtype), mine in by_pool(rows, SHAPES[0]).items():
+        if dtype == "float32":
+            impl = "ours" if impl in ("torch", "triton") else impl
+            found[f"{pool}_{impl}_{mode}_ms"] = sum(row["ms"] for row in mine)
+    return Measured.of(found, config={"threads": torch.get_num_threads()}, artifacts={"rows": rows})
+
+
+def kernels(tier: str, job: Job) -> Measured:
+    """The Triton pools at the size of a rank's batch, on a GPU: milliseconds, corners added up, and GB/s over all of them."""
+    rows = kernel_bench(job.device.type)
+    found = {"copy_gb_per_s": rows[0]["gb_per_s"] / rows[0]["of_copy"]}
+    for key, mine in by_pool(rows, SHAPES[-1]).items():
+        name = "_".join(key)
+        found[f"{name}_ms"] = sum(row["ms"] for row in mine)
+        found[f"{name}_gb_per_s"] = statistics.harmonic_mean(row["gb_per_s"] for row in mine)
+    return Measured.of(found, artifacts={"rows": rows})
 
 
 def step(tier: str, job: Job) -> Measured:
     """A training step of Hourglass-52 with the official code's pools and dense heads, and with ours; what it keeps."""
     found = step_bench(job.device.type, rounds=2) | memory_bench() | loading_bench()
-    return Measured({name: metric(v) for name, v in found.items()}, config={"threads": torch.get_num_threads()})
+    return Measured.of(found, config={"threads": torch.get_num_threads()})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
 def arms(
     which: dict[str, dict], config: str | None = None, multi_scale: bool = False
 ) -> Callable[[str, Job], Measured]:
@@ -123,25 +133,14 @@ def arms(
     def measure(tier: str, job: Job) -> Measured:
         done, metrics = {}, {}
         for arm, changed in which.items():
-            settings = load_config(train.Config, FOLDER, config or config_name(tier, job), "train", **changed)
-            done[arm] = train.run(settings, job.sub(arm))
+            done[arm] = run_stage(train, config or tier_config(tier, job), job, arm, **changed)
             metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
             if multi_scale:
                 tested = evaluate.Config(str(job.work_dir / arm), scales=(0.6, 1.0, 1.2, 1.5, 1.8), batch=1)
                 tested = evaluate.run(tested, job.sub(f"{arm}-multi-scale"))
                 metrics |= {f"{arm}_multi_scale_{key}": value for key, value in tested.metrics.items()}
-        first = done[next(iter(which))]
-        seen = first.scale["steps"] * first.scale["batch"]
-        return Measured(
-            metrics,
-            config={arm: found.config for arm, found in done.items()},
-            scale={**first.scale, "fraction": min(1.0, seen / IMAGES_SEEN)},
-            data=first.data,
-            numerics=first.numerics,
-            curve=[{"stage": arm, **line} for arm, found in done.items() for line in found.curve],
-            artifacts={arm: found.artifacts for arm, found in done.items()},
-            weights_sha256=first.weights_sha256,
-        )
+        first = next(iter(which))
+        return one_record(metrics, done, first, share_of(IMAGES_SEEN, done[first]))
 
     return measure
 
@@ -160,6 +159,8 @@ EXPERIMENTS = {
     "sizes": Experiment(sizes, ("quick",)),
     "pools": Experiment(pools, ("quick",)),
     "step": Experiment(step, ("quick",)),
+    "kernels": Experiment(kernels, ("quick",)),
+    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "digits": Experiment(arms({"full": FULL, "no_center_pooling": PLAIN_CENTER}), ("quick",)),
     "bccd": Experiment(arms(ABLATION), ("short",), {"short": ("bccd",)}),
     "coco-52": Experiment(arms({"full": FULL}, multi_scale=True), ("full",), COCO),

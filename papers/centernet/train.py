@@ -8,6 +8,7 @@ Official files train.py, sample/coco.py and config/CenterNet-52.json.
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -19,9 +20,10 @@ from common import cli, runtime
 from common.checkpoints import Progress
 from common.cli import Job
 from common.datasets import detection
+from common.datasets.classification import per_rank
 from common.datasets.imagenet import folder_loader
 from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from .augment import coloured
 from .crops import Crops
@@ -148,12 +150,11 @@ def learning_rate(config: Config, step: int) -> float:
 def run(config: Config, job: Job) -> Measured:
     """Train for `steps`; returns the metrics of the weights after the last one, and the curve of the losses."""
     runtime.seed_everything(job.seed, job.deterministic)
-    if config.batch_size % job.world.size:
-        raise UserError(f"batch_size {config.batch_size} cannot be shared by {job.world.size} processes")
+    batch = per_rank(config.batch_size, job.world)
     data, tests = open_set(config, job, train=True), open_set(config, job, train=False)
     if data.classes != tests.classes:
         raise UserError(f"{data.name}: {data.split} and {tests.split} have different classes; expected the same")
-    classes, batch = len(data.classes), config.batch_size // job.world.size
+    classes = len(data.classes)
     model = build(config, classes).to(job.device).train()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(memory_format=memory_format)
@@ -174,8 +175,8 @@ def run(config: Config, job: Job) -> Measured:
         order = (job.seed, epoch, config.workers, start)
         loader = folder_loader(crops, batch, *order, rank=job.world.rank, world=job.world.size)
         until = min(per_epoch - start, config.steps - progress.step)
-        # zip asks the range first: the loader is not read beyond the last step
-        for _, sample in zip(range(until), tqdm(loader, f"train {epoch}", leave=False, disable=None), strict=False):
+        # islice does not read the loader beyond the last step
+        for sample in tqdm(islice(loader, until), f"train {epoch}", until, leave=False, disable=None):
             lr = learning_rate(config, progress.step)
             for group in optimiser.param_groups:
                 group["lr"] = lr
@@ -194,13 +195,10 @@ def run(config: Config, job: Job) -> Measured:
                 runtime.require_finite(losses.total, progress.step, lr)
             if progress.step % per_epoch == 0 or progress.step == config.steps:
                 number = (progress.step - 1) % per_epoch + 1
-                line = {"epoch": epoch, "step": progress.step, "lr": lr}
                 mean = runtime.require_finite(progress.loss_sum / number, progress.step, lr)
-                line |= {"train_loss": round(mean, 5)}
-                line |= {
-                    name: round(float(part.detach()), 5) for name, part in losses._asdict().items()
-                }  # of the last batch
-                progress.log(f"train step {progress.step}/{config.steps}", **line)
+                line = {"epoch": epoch, "step": progress.step, "lr": lr, "train_loss": round(mean, 5)}
+                parts = {name: round(float(part.detach()), 5) for name, part in losses._asdict().items()}
+                progress.log(f"train step {progress.step}/{config.steps}", **line, **parts)  # parts: of the last batch
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
                 progress.save(lr)
@@ -213,13 +211,13 @@ def run(config: Config, job: Job) -> Measured:
     seconds = progress.seconds
     runtime.broadcast_from_main(model.buffers())
     metrics, artifacts = measured(model, tests, config.settings(), config.test_batch, job.world, config.amp)
-    speed = {
-        "train_seconds": round(seconds, 2),
-        "images_per_second": round(progress.step * config.batch_size / seconds, 2),
+    metrics |= {
+        "train_seconds": metric(round(seconds, 2)),
+        "images_per_second": metric(round(progress.step * config.batch_size / seconds, 2)),
+        "unreadable": metric(unreadable),
     }
-    counts = speed | {"unreadable": unreadable}
     return Measured(
-        metrics=metrics | {name: {"last": value} for name, value in counts.items()},
+        metrics=metrics,
         config=dataclasses.asdict(config),
         scale={"steps": progress.step, "batch": config.batch_size},
         data={f"{one.name}/{one.split}": one.digest for one in (data, tests)},

@@ -12,8 +12,11 @@ from common.checkpoints import write_atomic
 from common.datasets.person_reid import People
 from common.errors import UserError
 from common.metrics import retrieval
+from common.metrics.accuracy import evaluating
 from common.metrics.retrieval import Retrieval
+from common.results.records import metric
 
+SPLITS = ("query", "gallery")
 RANKS = (1, 5, 10)
 SETTINGS = {  # name in the records: flip test, L2 norm
     "plain": (False, False),
@@ -38,18 +41,13 @@ class Descriptors:
         return F.normalize(found, dim=1) if l2 else found
 
 
-@torch.inference_mode()
 def describe(model, people: People, loader, world, amp: bool = False) -> Descriptors:
     """Descriptors of every image of a split, in its order, whatever the order of the loader and the number of ranks."""
-    was_training = model.training
-    model.eval()
     found, numbers = [], []
-    for images, number in loader.epoch(0):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
-            both = torch.stack([model(images), model(images.flip(3))], 1)
-        found.append(both.float())
-        numbers.append(number)
-    model.train(was_training)
+    with evaluating(model, amp):
+        for images, number in loader.epoch(0):
+            found.append(torch.stack([model(images), model(images.flip(3))], 1).float())
+            numbers.append(number)
     order = runtime.gather_rows(torch.cat(numbers)).argsort()
     both = runtime.gather_rows(torch.cat(found))[order]
     return Descriptors(both[:, 0].contiguous(), both[:, 1].contiguous(), people.ids, people.cameras)
@@ -106,6 +104,6 @@ def all_settings(query: Descriptors, gallery: Descriptors, complete: bool = Fals
                 f"camera than {int(query.cameras[first])}, which is never so in the official set; check the tree"
             )
         values = {"map_a": found.map_a, "map_b": found.map_b} | {f"rank{k}": found.cmc(k) for k in RANKS}
-        metrics |= {f"{name}_{key}": {"last": value, "n": int(found.valid.sum())} for key, value in values.items()}
+        metrics |= {f"{name}_{key}": metric(value, int(found.valid.sum())) for key, value in values.items()}
         lines.append(told(found, flip, l2))
     return metrics, lines

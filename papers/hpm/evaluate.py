@@ -13,7 +13,7 @@ from common.cli import Job
 from common.datasets.person_reid import OFFICIAL
 from common.results.records import Measured
 
-from .descriptors import all_settings, read
+from .descriptors import SPLITS, all_settings, read
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Config:
 
 def run(config: Config, job: Job) -> Measured:
     """Prints a line for each setting. A query without a match is skipped and counted; in an official set it is an error."""
-    (query, about), (gallery, also) = (read(config.descriptors, split) for split in ("query", "gallery"))
+    (query, about), (gallery, also) = (read(config.descriptors, split) for split in SPLITS)
     trained = about["trained"]
     metrics, lines = all_settings(query, gallery, trained["dataset"] in OFFICIAL and not trained["partial"])
     print("\n".join(lines), flush=True)

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
 from common.cli import Job
-from common.errors import UserError
 from common.results.records import Measured
 
 from . import descriptors, train
 from .model import HPM
-
-SPLITS = ("query", "gallery")
 
 
 @dataclass
@@ -30,31 +27,29 @@ def trained_model(name: str) -> tuple[HPM, train.Config, int]:
     """(network with its weights, config of its training, steps trained) of a checkpoint."""
     payload = read_checkpoint(name, train.SCRIPT)
     identity = payload["identity"]
-    fields = [field.name for field in dataclasses.fields(train.Config)]
-    config = cli.build_config(train.Config, {key: identity[key] for key in fields}, name)
-    model = train.build(dataclasses.replace(config, weights=""), identity["classes"])
+    config = cli.config_of(train.Config, identity, name)
+    model = train.build(config, identity["classes"])
     model.load_state_dict(payload["state"]["parts"]["model"])
     return model, config, payload["position"]
 
 
 def run(config: Config, job: Job) -> Measured:
     """Returns how many images, how long a descriptor is, and images a second (two passes each, loading included)."""
+    runtime.require_one_process(job.world, "extract.py")
     model, trained, position = trained_model(config.checkpoint)
-    if job.world.size > 1:
-        raise UserError("extract.py runs in one process; start it without torchrun")
     model = model.to(job.device)
-    parts, started = {split: train.open_split(trained, job, split) for split in SPLITS}, time.perf_counter()
-    metrics = {}
+    parts = {split: train.open_split(trained, job, split) for split in descriptors.SPLITS}
+    started, metrics = time.perf_counter(), {}
     for split, people in parts.items():
         found = train.describe(trained, job, model, people)
         about = {"split": split, "data": people.digest, "trained": dataclasses.asdict(trained), "steps": position}
         descriptors.save(job.work_dir / f"{split}.pt", found, about)
-        metrics[f"{split}_images"] = {"last": len(people)}
+        metrics[f"{split}_images"] = len(people)
     seconds = time.perf_counter() - started
-    metrics["dimensions"] = {"last": found.plain.shape[1]}
-    metrics["images_s"] = {"last": sum(map(len, parts.values())) / seconds}
-    return Measured(
-        metrics=metrics,
+    metrics["dimensions"] = found.plain.shape[1]
+    metrics["images_per_second"] = sum(map(len, parts.values())) / seconds
+    return Measured.of(
+        metrics,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(trained)},
         scale={"steps": position},
         data={f"{people.name}/{split}": people.digest for split, people in parts.items()},

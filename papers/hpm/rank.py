@@ -13,10 +13,10 @@ from common.cli import Job
 from common.errors import UserError
 from common.metrics import retrieval
 from common.results.figures import plt, save
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import train
-from .descriptors import read
+from .descriptors import SPLITS, read
 
 HIT, MISS = "#2ca02c", "#d62728"
 
@@ -36,7 +36,7 @@ class Config:
 
 def run(config: Config, job: Job) -> Measured:
     """Returns the hits among the images drawn; the artifacts hold which they are."""
-    (query, about), (gallery, also) = (read(config.descriptors, split) for split in ("query", "gallery"))
+    (query, about), (gallery, also) = (read(config.descriptors, split) for split in SPLITS)
     if config.query >= len(query.ids):
         raise UserError(f"query {config.query} does not exist; expected 0 to {len(query.ids) - 1}")
     trained = cli.build_config(train.Config, about["trained"], config.descriptors)
@@ -70,7 +70,7 @@ def run(config: Config, job: Job) -> Measured:
     )
     save(figure, job.work_dir / f"rank-{config.query}.png")
     return Measured(
-        metrics={"hits": {"last": sum(hits), "n": len(hits)}},
+        metrics={"hits": metric(sum(hits), len(hits))},
         config=dataclasses.asdict(config) | {"trained": about["trained"]},
         scale={"steps": about["steps"]},
         data={f"{people.name}/{people.split}": people.digest for people in (queries, images)},

@@ -3,17 +3,16 @@
 python -m papers.hpm.reproduce --tier quick
 """
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import nn
 
-from common.cli import Job, load_config
+from common.cli import Job
+from common.datasets.person_reid import OFFICIAL
 from common.metrics.compute import mult_adds, parameters
 from common.metrics.retrieval import evaluate_distances
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import gpu_tests, one_record, run_stage, share_of
 
 from . import train
 from .bench import heads_bench, ranking_bench
@@ -21,20 +20,15 @@ from .descriptors import match
 from .erasing import HorizontalErasing
 from .extract import trained_model
 from .kernels import pyramid_pool, reference
-from .kernels.bench import kernel_bench
+from .kernels.bench import SHAPES, kernel_bench
 from .model import HPM, SCALES, PyramidHead
 
-FOLDER = Path(__file__).parent
-EPOCHS = 60
-
-
-def metric(value: float, n: int | None = None) -> dict:
-    return {"last": value} | ({"n": n} if n else {})
+IMAGES_SEEN = {name: 60 * official.counts["train"][0] for name, official in OFFICIAL.items()}
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 class Logits(nn.Module):
-    """All that training computes, in eval mode: the counters of mult-adds switch to it."""
+    """All that training computes, in eval mode: the counters of multiply-adds switch to it."""
 
     def __init__(self, model: HPM):
         super().__init__()
@@ -60,7 +54,7 @@ def sizes(tier: str, job: Job) -> Measured:
     found |= {"gmac": mult_adds(Logits(model), image) / 1e9}
     head = PyramidHead(15, 2048, 256, 751)
     found |= {"reduce_std": head.reduce.std().item(), "classify_std": head.classify.std().item()}
-    return Measured({name: metric(value) for name, value in found.items()})
+    return Measured.of(found)
 
 
 def toy_precisions() -> dict[str, float]:
@@ -93,7 +87,7 @@ def checks(tier: str, job: Job) -> Measured:
         gradients.append(torch.autograd.grad((out * torch.arange(15.0)[:, None, None]).sum(), ties)[0])
     found["tied_gradients"] = (gradients[0] - gradients[1]).abs().max().item()
     found["erasing_in_evaluation"] = (HorizontalErasing(1.0).eval()(x) - x).abs().max().item()
-    return Measured({name: metric(value) for name, value in (found | evaluator_invariants()).items()})
+    return Measured.of(found | evaluator_invariants())
 
 
 def evaluator_invariants() -> dict[str, float]:
@@ -125,14 +119,23 @@ def evaluator_invariants() -> dict[str, float]:
 
 def speed(tier: str, job: Job) -> Measured:
     """Ratios of times measured in turns: pooling against slices, grouped against separate heads, ranking against a loop."""
-    rows = kernel_bench(job.device.type, quick=True)
-    found = {f"{row['impl']}_{row['mode']}_ms": row["ms"] for row in rows}
+    rows, short = kernel_bench(job.device.type, quick=True), {"forward": "fwd", "training": "full"}
+    found = {f"{row['impl']}_{short[row['mode']]}_ms": row["ms"] for row in rows if row["dtype"] == "float32"}
     heads, ranking = heads_bench(device=job.device), ranking_bench()
     found |= {f"heads_{name}": value for name, value in heads.items()}
     found |= {f"ranking_{name}": value for name, value in ranking.items()}
     found["ranking_budget_seconds"] = 15.0
-    settings = {"threads": torch.get_num_threads()}
-    return Measured({name: metric(value) for name, value in found.items()}, config=settings, artifacts={"rows": rows})
+    return Measured.of(found, config={"threads": torch.get_num_threads()}, artifacts={"rows": rows})
+
+
+def kernels(tier: str, job: Job) -> Measured:
+    """The Triton kernel on the map of a batch of the paper, on a GPU: milliseconds and GB/s."""
+    rows = kernel_bench(job.device.type)
+    found = {"copy_gb_per_s": rows[0]["gb_per_s"] / rows[0]["of_copy"]}
+    for row in rows:
+        if row["shape"] == SHAPES[0]:
+            found |= {f"{row['impl']}_{row['mode']}_{row['dtype']}_{unit}": row[unit] for unit in ("ms", "gb_per_s")}
+    return Measured.of(found, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
@@ -160,10 +163,10 @@ def arms(tier: str, job: Job) -> Measured:
     """All arms on drawn people from the same seed; mAP (A, flip test, L2 norm) and Rank-1 for every kind of query."""
     metrics, done = {}, {}
     for arm, changed in ARMS.items():
-        config = load_config(train.Config, FOLDER, tier, "train", **changed)
-        done[arm] = train.run(config, job.sub(arm))
+        done[arm] = run_stage(train, tier, job, arm, **changed)
         metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
-        model = trained_model(str(job.work_dir / arm))[0].to(job.device)
+        model, config, _ = trained_model(str(job.work_dir / arm))
+        model = model.to(job.device)
 
         def described(split: str, options: dict, config=config, model=model):
             return train.describe(config, job, model, train.open_split(config, job, split, **options))
@@ -176,31 +179,18 @@ def arms(tier: str, job: Job) -> Measured:
             metrics |= {f"{arm}_{kind}_rank1": metric(result.cmc(1), len(query.ids))}
     for kind in KINDS:
         metrics[f"{kind}_gap"] = metric(metrics[f"pyramid_{kind}_map"]["last"] - metrics[f"global_{kind}_map"]["last"])
-    last = done["pyramid"]
-    return Measured(
-        metrics,
-        config={arm: found.config for arm, found in done.items()},
-        scale={**last.scale, "fraction": last.scale["steps"] * last.scale["batch"] / (60 * 12_936)},
-        data=last.data,
-        curve=[{"arm": arm, **line} for arm, found in done.items() for line in found.curve],
-        weights_sha256=last.weights_sha256,
-    )
+    return one_record(metrics, done, "pyramid", share_of(IMAGES_SEEN["market1501"], done["pyramid"]))
 
 
-def protocol(suffix: str) -> Callable[[str, Job], Measured]:
-    """A training by `configs/<tier><suffix>.yaml`, as it is."""
+def protocol(suffix: str, name: str, tiers: tuple[str, ...] = ("full",)) -> Experiment:
+    """A training by `configs/<tier><suffix>.yaml`, as it is, on the official set `name`."""
 
     def measure(tier: str, job: Job) -> Measured:
-        config = load_config(train.Config, FOLDER, f"{tier}{suffix}", "train")
-        found = train.run(config, job.sub("train"))
-        found.scale["fraction"] = min(1.0, config.epochs / EPOCHS)
+        found = run_stage(train, f"{tier}{suffix}", job, "train")
+        found.scale["fraction"] = share_of(IMAGES_SEEN[name], found)
         return found
 
-    return measure
-
-
-def official(suffix: str, name: str, tiers: tuple[str, ...] = ("full",)) -> Experiment:
-    return Experiment(protocol(suffix), tiers, dict.fromkeys(tiers, (name,)))
+    return Experiment(measure, tiers, dict.fromkeys(tiers, (name,)))
 
 
 EXPERIMENTS = {
@@ -208,12 +198,14 @@ EXPERIMENTS = {
     "checks": Experiment(checks, ("quick",)),
     "speed": Experiment(speed, ("quick",)),
     "arms": Experiment(arms, ("quick",)),
-    "market": official("", "market1501", ("short", "full")),
-    "market-hre": official("-hre", "market1501"),
-    "duke": official("-duke", "dukemtmc_reid"),
-    "duke-hre": official("-duke-hre", "dukemtmc_reid"),
-    "cuhk03": official("-cuhk03", "cuhk03_np_detected"),
-    "cuhk03-hre": official("-cuhk03-hre", "cuhk03_np_detected"),
+    "market": protocol("", "market1501", ("short", "full")),
+    "market-hre": protocol("-hre", "market1501"),
+    "duke": protocol("-duke", "dukemtmc_reid"),
+    "duke-hre": protocol("-duke-hre", "dukemtmc_reid"),
+    "cuhk03": protocol("-cuhk03", "cuhk03_np_detected"),
+    "cuhk03-hre": protocol("-cuhk03-hre", "cuhk03_np_detected"),
+    "kernels": Experiment(kernels, ("quick",)),
+    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from common.cli import Job
 from common.datasets import person_reid
 from common.datasets.person_reid import OFFICIAL, SYNTHETIC, People
 from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import descriptors
 from .backbones import resnet50, small
@@ -175,7 +175,7 @@ def run(config: Config, job: Job) -> Measured:
     if job.world.is_main:
         print("\n".join(lines), flush=True)
     return Measured(
-        metrics=metrics | {"train_seconds": {"last": round(progress.seconds, 2)}},
+        metrics=metrics | {"train_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data={f"{part.name}/{part.split}": part.digest for part in (people, query, gallery)},

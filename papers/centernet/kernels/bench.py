@@ -1,16 +1,19 @@
-"""The pools: through torch.cummax, as the official loop over rows, torch.compile of that, ours; forward, and with backward.
+"""The pools: through torch.cummax, torch.compile of that, as the official loop over rows, ours; forward, and with backward.
 
-python -m papers.centernet.kernels.bench [--device cuda] [--quick]; needs torch alone, like the kernels.
+python -m papers.centernet.kernels.bench [--device cuda] [--quick]
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
+
+from common.cli import exit_codes
+from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.runtime import select_device
 
 from . import center_pool, corner_pool, reference
 from .reference import AXIS, REVERSE
@@ -36,7 +39,7 @@ class RowLoop(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.direction = direction
         y = x.clone()
-        rows = _in_order(y, direction)
+        rows = y.unbind(AXIS[direction])[:: -1 if REVERSE[direction] else 1]
         for before, row in pairwise(rows):
             torch.maximum(before, row, out=row)
         return y
@@ -56,19 +59,6 @@ class RowLoop(torch.autograd.Function):
         return out, None
 
 
-def _in_order(x: Tensor, direction: str) -> tuple[Tensor, ...]:
-    """The rows of x in the order of the scan."""
-    return x.unbind(AXIS[direction])[:: -1 if REVERSE[direction] else 1]
-
-
-def compiled_loop(x: Tensor, direction: str) -> Tensor:
-    """The loop in plain torch, for torch.compile."""
-    rows = list(_in_order(x, direction))
-    for i in range(1, len(rows)):
-        rows[i] = torch.maximum(rows[i - 1], rows[i])
-    return torch.stack(rows[:: -1 if REVERSE[direction] else 1], AXIS[direction])
-
-
 def _by_scans(corner: Callable, op: str, x: Tensor) -> Tensor:
     """An op from a corner pool: center pooling is four scans, as in the official code."""
     if op == "center":
@@ -76,94 +66,68 @@ def _by_scans(corner: Callable, op: str, x: Tensor) -> Tensor:
     return corner(x, op)
 
 
-def _ours(op: str, impl: str, x: Tensor) -> Tensor:
-    return center_pool(x, x, impl) if op == "center" else corner_pool(x, op, impl)
+def _ours(op: str, x: Tensor) -> Tensor:
+    return center_pool(x, x) if op == "center" else corner_pool(x, op)
+
+
+@torch.no_grad()
+def _forward(call: Callable, x: Tensor, grad: Tensor) -> Tensor:
+    return call(x)
+
+
+def _training(call: Callable, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = call(leaf)
+    return y, torch.autograd.grad(y, leaf, grad)[0]
+
+
+def _drawn(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A map, and a gradient for it. No two values of a row or a column are alike: of equal maxima torch.cummax gives the
+    gradient to the last, the others to the first. Up to 256 rows or columns the values and all sums are exact in bfloat16.
+    """
+    b, c, h, w = shape
+    row, column = (torch.rand(b, c, max(h, w), device=device).argsort(2)[..., :side] for side in (h, w))
+    x = (row[..., None] + column[:, :, None]) % max(h, w)
+    return x.to(dtype), torch.randint(-1, 2, shape, device=device).to(dtype)
 
 
 def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Rows {op, impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, over_cummax, over_row_loop}, gated first.
+    """Rows {op, impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, over_cummax, over_row_loop}; values and
+    gradients are compared with the definition first.
 
     GB/s counts what must move: forward a read and a write of the map, training twice that (center pooling: two maps are
     read, and two gradients written); `of_copy` divides it by what a large copy reaches on this device. over_*: how many
     times faster. Timings of an op and mode take turns. On the CPU there is no Triton row; `quick`: two shapes, without
-    torch.compile. ValueError: no such device.
+    torch.compile.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r}: expected cpu, or cuda on a machine that has it")
-    cuda, rows = device == "cuda", []
-    ceiling = _copy_bandwidth(device)
-    for shape in SHAPES[:2] if quick else SHAPES:
-        for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
-            x = torch.randn(shape, device=device, dtype=dtype)
-            for op in OPS:
-                calls = {"cummax": partial(_by_scans, lambda x, d: cummax_pool(x, d), op)}
-                calls["row loop"] = partial(_by_scans, RowLoop.apply, op)
-                calls["triton" if cuda else "torch"] = partial(_ours, op, "auto")
-                if not quick:
-                    calls |= _compiled(partial(_by_scans, compiled_loop, op), x)
-                expected = _by_scans(reference.corner_pool, op, x)
-                for name, call in calls.items():
-                    if not torch.equal(call(x), expected):  # a maximum does not round
-                        raise RuntimeError(f"{name} differs from the definition of {op}")
-                maps = 3 if op == "center" else 2
-                for mode, moved in (("forward", maps), ("training", 2 * maps)):
-                    steps = {name: partial(_step, call, x, mode == "training") for name, call in calls.items()}
-                    times = _interleaved(steps, cuda, 3)
-                    for name, ms in times.items():
-                        gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
-                        row = {"op": op, "impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": shape}
-                        row |= {"ms": ms, "gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling}
-                        rows.append(
-                            row | {"over_cummax": times["cummax"] / ms, "over_row_loop": times["row loop"] / ms}
-                        )
+    device = select_device(device).type
+    cuda, rows, ceiling = device == "cuda", [], copy_gb_per_s(device)
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    for shape, dtype, op in product(SHAPES[:2] if quick else SHAPES, dtypes, OPS):
+        x, grad = _drawn(shape, device, dtype)
+        calls = {
+            "cummax": partial(_by_scans, cummax_pool, op),
+            "row_loop": partial(_by_scans, RowLoop.apply, op),
+            "triton" if cuda else "torch": partial(_ours, op),
+        }
+        if not quick:
+            calls |= compiled(calls["cummax"], x)  # not the loop: 32 rows take 13 s to compile
+        expected = _training(partial(_by_scans, reference.corner_pool, op), x, grad)
+        for name, call in calls.items():
+            if not all(map(torch.equal, _training(call, x, grad), expected)):
+                raise RuntimeError(f"{name} differs from the definition of {op}")
+        maps = 3 if op == "center" else 2
+        for mode, run, moved in (("forward", _forward, maps), ("training", _training, 2 * maps)):
+            times = times_ms({name: partial(run, call, x, grad) for name, call in calls.items()}, device, 3, 0.05)
+            for name, ms in times.items():
+                gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
+                row = {"op": op, "impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": shape, "ms": ms}
+                row |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling}
+                rows.append(row | {f"over_{base}": times[base] / ms for base in ("cummax", "row_loop")})
     return rows
 
 
-def _compiled(call: Callable, x: Tensor) -> dict[str, Callable]:
-    torch._dynamo.reset()
-    # named, or compiled code cached by a run of another number of threads is taken
-    compiled = torch.compile(call, options={"cpp.threads": torch.get_num_threads()})
-    try:
-        compiled(x)
-    except Exception as error:  # a machine without a C++ compiler; the bench must print the other rows
-        print(f"compiled: left out, {type(error).__name__}: {str(error).splitlines()[0]}")
-        return {}
-    return {"compiled": compiled}
-
-
-def _step(call: Callable, x: Tensor, training: bool) -> Tensor:
-    if not training:
-        with torch.no_grad():
-            return call(x)
-    leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(call(leaf), leaf, x)[0]
-
-
-def _copy_bandwidth(device: str) -> float:
-    """GB/s of copying a tensor far larger than the caches, bytes read and written both counted."""
-    source = torch.empty(2**27 if device == "cuda" else 2**24, device=device).zero_()
-    target = torch.empty_like(source)
-    ms = _interleaved({"copy": lambda: target.copy_(source)}, device == "cuda", 3)["copy"]
-    return 2 * source.numel() * source.element_size() / ms / 1e6
-
-
-def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[str, float]:
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if cuda:
-                from triton.testing import do_bench
-
-                times[name].append(do_bench(call, return_mode="median"))
-            else:
-                from torch.utils.benchmark import Timer
-
-                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.05).median)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def table(rows: list[dict]) -> str:
+def kernel_table(rows: list[dict]) -> str:
     head = f"{'B, C, H, W':20}{'dtype':10}{'op':8}{'mode':10}{'impl':10}"
     lines = [f"{head}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x cummax':>10}{'x row loop':>12}"]
     for r in rows:
@@ -179,4 +143,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    print(table(kernel_bench(args.device, args.quick)))
+    with exit_codes():
+        print(kernel_table(kernel_bench(args.device, args.quick)))

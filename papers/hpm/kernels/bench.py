@@ -1,16 +1,20 @@
 """pyramid_pool: bin by bin in slices, adaptive pools, torch.compile of them, the one-pass torch form, and Triton.
 
-python -m papers.hpm.kernels.bench [--device cuda] [--quick]; needs torch alone, like the kernels.
+python -m papers.hpm.kernels.bench [--device cuda] [--quick]
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.cli import exit_codes
+from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.runtime import select_device
 
 from . import pyramid_pool, reference
 
@@ -32,87 +36,70 @@ def adaptive(x: Tensor) -> Tensor:
     return reference(x, SCALES)
 
 
-def _gradients(op: Callable, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    out = op(x)
-    return out, torch.autograd.grad(out, x, grad)[0]
-
-
 @torch.no_grad()
 def _forward(op: Callable, x: Tensor, grad: Tensor) -> Tensor:
     return op(x)
 
 
+def _training(op: Callable, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    out = op(x)
+    return out, torch.autograd.grad(out, x, grad)[0]
+
+
+def _drawn(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+    """A map without two equal values in a channel, or all would have to agree on the first of them; in bfloat16 too, which
+    has every multiple of 1/64 up to 4.
+    """
+    n, c, h, w = shape
+    ranks = torch.rand(n, c, h * w, device=device).argsort(2)
+    return ((ranks - h * w // 2) / 64).view(shape).to(dtype).requires_grad_()
+
+
 def _gate(name: str, op: Callable, x: Tensor, grad: Tensor) -> None:
     """Raise unless output and gradient agree with the definition."""
     tolerance = 1e-2 if x.dtype == torch.bfloat16 else 1e-4
-    for a, b in zip(_gradients(op, x, grad), _gradients(adaptive, x, grad), strict=True):
+    for a, b in zip(_training(op, x, grad), _training(adaptive, x, grad), strict=True):
         error = (a.double() - b.double()).abs().max().item() / b.double().abs().max().item()
         if not error <= tolerance:
             raise RuntimeError(f"{name} differs from the definition by {error:.1e}, expected at most {tolerance:.0e}")
 
 
 def kernel_bench(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Rows {impl, mode fwd|full, dtype, shape, ms, gb_per_s, of_copy, speedup over the slices}, gated for correctness.
+    """Rows {impl, mode forward|training, dtype, shape, ms, gb_per_s, of_copy, over_slices}, gated for correctness.
 
-    GB/s counts what must move: the map once, with the gradient (full) the map's gradient once more; `of_copy` divides it by
-    what a large copy reaches here. Timings of a shape are interleaved. On the CPU the batch is N/4 and there is no Triton row.
+    GB/s counts what must move: the map once, in training the map's gradient once more; `of_copy` divides it by what a large
+    copy reaches here, over_slices: how many times faster. Timings of a shape take turns. On the CPU the batch is N/4 and there
+    is no Triton row; `quick`: the first shape, without torch.compile.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r}: expected cpu, or cuda on a machine that has it")
-    cuda, rows, ceiling = device == "cuda", [], _copy_bandwidth(device, quick)
-    for n, *size in SHAPES[:1] if quick else SHAPES:
-        for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
-            torch.manual_seed(0)
-            # no two values alike, in bfloat16 too, or "the first" would have to be agreed on
-            x = torch.randn(n if cuda else n // 4, *size, device=device).to(dtype).requires_grad_()
-            grad = torch.randn(sum(SCALES), *x.shape[:2], device=device).to(dtype)
-            ops = {"slices": slices, "adaptive": adaptive, "torch": partial(pyramid_pool, scales=SCALES, impl="torch")}
-            if cuda:
-                torch._dynamo.reset()
-                ops["adaptive compiled"] = torch.compile(adaptive)
-                ops["triton"] = partial(pyramid_pool, scales=SCALES, impl="triton")
-            for name, op in ops.items():
-                if dtype == torch.float32:
-                    _gate(name, op, x, grad)
-            for mode, call, moved in (("fwd", _forward, 1), ("full", _gradients, 2)):
-                times = _interleaved({name: partial(call, op, x, grad) for name, op in ops.items()}, cuda, 3)
-                for name, ms in times.items():
-                    gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
-                    row = {"impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": tuple(x.shape), "ms": ms}
-                    row |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling, "speedup": times["slices"] / ms}
-                    rows.append(row)
+    device = select_device(device).type
+    cuda, rows, ceiling = device == "cuda", [], copy_gb_per_s(device)
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    for (n, *size), dtype in product(SHAPES[:1] if quick else SHAPES, dtypes):
+        torch.manual_seed(0)
+        x = _drawn((n if cuda else n // 4, *size), device, dtype)
+        grad = torch.randn(sum(SCALES), *x.shape[:2], device=device).to(dtype)
+        ops = {"slices": slices, "adaptive": adaptive, "torch": partial(pyramid_pool, impl="torch")}
+        if cuda:
+            ops["triton"] = partial(pyramid_pool, impl="triton")
+        if not quick:
+            ops |= compiled(adaptive, x)
+        for name, op in ops.items():
+            _gate(name, op, x, grad)
+        for mode, run, moved in (("forward", _forward, 1), ("training", _training, 2)):
+            times = times_ms({name: partial(run, op, x, grad) for name, op in ops.items()}, device)
+            for name, ms in times.items():
+                gb_per_s = moved * x.numel() * x.element_size() / ms / 1e6
+                row = {"impl": name, "mode": mode, "dtype": str(dtype)[6:], "shape": tuple(x.shape), "ms": ms}
+                row |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceiling, "over_slices": times["slices"] / ms}
+                rows.append(row)
     return rows
 
 
-def _copy_bandwidth(device: str, quick: bool) -> float:
-    """GB/s of copying a tensor larger than the caches, bytes read and written both counted."""
-    source = torch.empty(2**27 if device == "cuda" else 2**22 if quick else 2**25, device=device).zero_()
-    target = torch.empty_like(source)
-    ms = _interleaved({"copy": lambda: target.copy_(source)}, device == "cuda", 3)["copy"]
-    return 2 * source.numel() * source.element_size() / ms / 1e6
-
-
-def _interleaved(calls: dict[str, Callable], cuda: bool, rounds: int) -> dict[str, float]:
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if cuda:
-                from triton.testing import do_bench
-
-                times[name].append(do_bench(call, return_mode="median"))
-            else:
-                from torch.utils.benchmark import Timer
-
-                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                times[name].append(1e3 * timer.blocked_autorange(min_run_time=0.1).median)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def kernel_table(rows: list[dict]) -> str:
-    lines = [f"{'N, C, H, W':20}{'dtype':10}{'mode':6}{'impl':19}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x slices':>10}"]
+    lines = [f"{'N, C, H, W':20}{'dtype':10}{'mode':10}{'impl':10}{'ms':>9}{'GB/s':>9}{'of copy':>9}{'x slices':>10}"]
     for r in rows:
-        head = f"{', '.join(map(str, r['shape'])):20}{r['dtype']:10}{r['mode']:6}{r['impl']:19}"
-        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.2f}{r['of_copy']:9.2f}{r['speedup']:10.2f}")
+        head = f"{', '.join(map(str, r['shape'])):20}{r['dtype']:10}{r['mode']:10}{r['impl']:10}"
+        lines.append(f"{head}{r['ms']:9.3f}{r['gb_per_s']:9.2f}{r['of_copy']:9.2f}{r['over_slices']:10.2f}")
     return "\n".join(lines)
 
 
@@ -121,4 +108,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    print(kernel_table(kernel_bench(args.device, args.quick)))
+    with exit_codes():
+        print(kernel_table(kernel_bench(args.device, args.quick)))

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from papers.centernet.kernels import bench as pools_bench
 from papers.centernet.kernels import center_pool, corner_pool, reference, torch_pools
-from papers.centernet.kernels.bench import RowLoop, compiled_loop, cummax_pool, kernel_bench, table
+from papers.centernet.kernels.bench import RowLoop, cummax_pool, kernel_bench, kernel_table
 
 DIRECTIONS = ("top", "bottom", "left", "right")
 SHAPES = [  # B, C, H, W: odd, single, over one and over four blocks of 16, empty
@@ -189,8 +190,7 @@ def test_the_official_loop_has_the_same_ties():
     x = whole((2, 3, 9, 20))
     for direction in DIRECTIONS:
         both(lambda x, d=direction: RowLoop.apply(x, d), lambda x, d=direction: corner_pool(x, d), [x])
-        for pool in (cummax_pool, compiled_loop):
-            assert torch.equal(pool(x, direction), corner_pool(x, direction))
+        assert torch.equal(cummax_pool(x, direction), corner_pool(x, direction))
 
 
 def test_what_is_kept_for_the_backward_pass(monkeypatch):
@@ -281,20 +281,32 @@ def test_triton_on_the_cpu_is_refused():
 
 def test_bench_rows(monkeypatch):
     monkeypatch.setattr(pools_bench, "SHAPES", ((1, 2, 4, 3), (1, 1, 5, 5), (2, 1, 5, 5)))
-    monkeypatch.setattr(
-        pools_bench, "_interleaved", lambda calls, *_: {name: (c(), 2.0)[1] for name, c in calls.items()}
-    )
-    monkeypatch.setattr(pools_bench, "_copy_bandwidth", lambda device: 1.0)
-    monkeypatch.setattr(pools_bench, "_compiled", lambda call, x: {"compiled": call})
-    for quick, shapes, impls in ((True, 2, {"cummax", "row loop", "torch"}), (False, 3, None)):
-        impls = impls or {"cummax", "row loop", "torch", "compiled"}
+    monkeypatch.setattr(pools_bench, "times_ms", lambda calls, *_: {name: (c(), 2.0)[1] for name, c in calls.items()})
+    monkeypatch.setattr(pools_bench, "copy_gb_per_s", lambda device: 1.0)
+    monkeypatch.setattr(pools_bench, "compiled", lambda call, x: {"compiled": call})
+    for quick, shapes, impls in ((True, 2, {"cummax", "row_loop", "torch"}), (False, 3, None)):
+        impls = impls or {"cummax", "row_loop", "torch", "compiled"}
         rows = kernel_bench("cpu", quick)
         assert {row["impl"] for row in rows} == impls
         assert len(rows) == len({(r["op"], r["shape"], r["mode"], r["impl"]) for r in rows}) == shapes * 10 * len(impls)
         assert {(row["ms"], row["over_cummax"], row["over_row_loop"]) for row in rows} == {(2.0, 1.0, 1.0)}
-        assert len(table(rows).splitlines()) == 1 + len(rows)
-    with pytest.raises(ValueError, match="device 'mps'"):
+        assert len(kernel_table(rows).splitlines()) == 1 + len(rows)
+    with pytest.raises(UserError, match="unknown device 'mps'"):
         kernel_bench("mps")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 2, 128, 128)])
+def test_maps_of_the_bench_have_no_ties(shape, dtype):
+    """So that all forms agree on the gradients, to the bit."""
+    x, grad = pools_bench._drawn(shape, "cpu", dtype)
+    for axis in (2, 3):
+        assert (x.sort(axis).values.diff(dim=axis) > 0).all()
+    found = []
+    for pool in (cummax_pool, RowLoop.apply, corner_pool, reference.corner_pool):
+        leaf = x.clone().requires_grad_()
+        found.append([torch.autograd.grad(pool(leaf, d), leaf, grad)[0] for d in DIRECTIONS])
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
 
 
 def test_bench_times_and_stops_at_a_wrong_implementation(monkeypatch):
@@ -303,9 +315,10 @@ def test_bench_times_and_stops_at_a_wrong_implementation(monkeypatch):
     rows = kernel_bench("cpu", quick=True)
     assert len(rows) == 6
     assert all(min(row["ms"], row["gb_per_s"], row["of_copy"]) > 0 for row in rows)
-    monkeypatch.setattr(pools_bench, "cummax_pool", lambda x, direction: x)
-    with pytest.raises(RuntimeError, match="cummax differs from the definition of top"):
-        kernel_bench("cpu", quick=True)
+    for wrong in (lambda x, direction: x, lambda x, direction: cummax_pool(x, direction).detach() + 0 * x):
+        monkeypatch.setattr(pools_bench, "cummax_pool", wrong)  # of the second the gradients alone are wrong
+        with pytest.raises(RuntimeError, match="cummax differs from the definition of top"):
+            kernel_bench("cpu", quick=True)
 
 
 def test_triton_under_the_interpreter(passes_under_the_interpreter):

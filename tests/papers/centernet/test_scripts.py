@@ -10,6 +10,7 @@ from PIL import Image
 from common.cli import load_config
 from common.results.claims import load_paper
 from papers.centernet import bench, detect, evaluate, losses, reproduce, train
+from papers.centernet.kernels.bench import OPS, SHAPES
 from papers.centernet.measure import batches
 
 FOLDER = Path(train.__file__).parent
@@ -83,9 +84,15 @@ def test_the_loss_falls(job, tmp_path):
     assert found.curve[-1]["train_loss"] < 0.5 * found.curve[0]["train_loss"]
 
 
-def test_a_training_may_end_within_an_epoch(job, tmp_path):
+def test_a_training_may_end_within_an_epoch(job, tmp_path, monkeypatch):
+    """And reads no batch beyond its last step."""
+    read, loader_of = [], train.folder_loader
+    monkeypatch.setattr(
+        train, "folder_loader", lambda *a, **share: (read.append(1) or x for x in loader_of(*a, **share))
+    )
     found = train.run(tiny(steps=8, milestones=()), job(tmp_path))
     assert [(line["epoch"], line["step"]) for line in found.curve] == [(0, 6), (1, 8)]
+    assert len(read) == 8
 
 
 def test_a_nan_stops_the_run(job, stops_at_nan):
@@ -309,6 +316,29 @@ def test_counts_and_properties_are_as_claimed(job, tmp_path):
 def test_heads_at_cells_and_recomputation_keep_less_for_the_backward_pass():
     found = bench.memory_bench()
     assert found["recompute_mib"] < found["after_mib"] < found["before_mib"]
+
+
+def test_times_of_the_pools_are_those_that_claims_name(job, tmp_path, monkeypatch):
+    """Rows as a GPU gives them; corners add up milliseconds, and have the GB/s of all four together."""
+    rows = [
+        {"op": op, "impl": impl, "mode": mode, "dtype": dtype, "shape": shape, "ms": ms, "gb_per_s": 12 / ms, "of_copy": 1 / ms}
+        for shape in SHAPES
+        for op, ms in zip(OPS, (1.0, 2.0, 3.0, 6.0, 5.0), strict=True)
+        for impl in ("cummax", "row_loop", "triton", "compiled")
+        for mode in ("forward", "training")
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+    monkeypatch.setattr(reproduce, "kernel_bench", lambda *_, **__: rows)
+    for name in ("pools", "kernels"):
+        metrics = reproduce.EXPERIMENTS[name].measure("quick", job(tmp_path)).metrics
+        claims = [claim for claim in load_paper(FOLDER).claims if claim.run and claim.run.experiment == name]
+        assert {c.metric.name for c in claims} | {c.against for c in claims} <= set(metrics)
+        if name == "pools":
+            assert metrics["corners_ours_forward_ms"] == {"last": 12.0}
+        else:
+            assert metrics["corners_triton_training_bfloat16_gb_per_s"]["last"] == pytest.approx(4 * 12 / 12)
+            assert metrics["center_triton_forward_float32_ms"]["last"] == 5
+            assert metrics["copy_gb_per_s"]["last"] == 12
 
 
 def test_every_claim_names_a_metric_that_its_experiment_gives():

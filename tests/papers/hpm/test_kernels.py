@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
+from papers.hpm.kernels import bench as pooling_bench
 from papers.hpm.kernels import pyramid_pool, reference
-from papers.hpm.kernels.bench import kernel_bench
+from papers.hpm.kernels.bench import kernel_bench, kernel_table
 
 SCALES = [(1, 2, 4, 8), (1, 2, 4), (8,), (1,), (1, 2, 3, 6), (2, 8)]
 POOLS = ["avg+max", "avg", "max"]
@@ -119,11 +121,33 @@ def test_bad_inputs():
 
 
 def test_bench_rows(monkeypatch):
-    monkeypatch.setattr("papers.hpm.kernels.bench.SHAPES", ((16, 8, 8, 4),))
+    monkeypatch.setattr(pooling_bench, "SHAPES", ((16, 8, 8, 4),))
     rows = kernel_bench("cpu", quick=True)
     assert {row["impl"] for row in rows} == {"slices", "adaptive", "torch"}
-    assert {row["mode"] for row in rows} == {"fwd", "full"}
-    assert all(row["ms"] > 0 and row["gb_per_s"] > 0 and row["speedup"] > 0 and row["of_copy"] > 0 for row in rows)
+    assert {row["mode"] for row in rows} == {"forward", "training"}
+    assert all(row[key] > 0 for row in rows for key in ("ms", "gb_per_s", "of_copy", "over_slices"))
+    assert len(kernel_table(rows).splitlines()) == 1 + len(rows)
+    with pytest.raises(UserError, match="unknown device 'mps'"):
+        kernel_bench("mps")
+
+
+def test_bench_stops_at_a_wrong_implementation(monkeypatch):
+    monkeypatch.setattr(pooling_bench, "SHAPES", ((16, 8, 8, 4),))
+    right = pooling_bench.slices
+    for wrong in (lambda x: 1.1 * right(x), lambda x: right(x).detach() + 0 * x.sum()):
+        monkeypatch.setattr(pooling_bench, "slices", wrong)
+        with pytest.raises(RuntimeError, match="slices differs from the definition"):
+            kernel_bench("cpu", quick=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_of_the_bench_have_no_ties_in_any_precision(dtype):
+    """So that all forms agree on the gradients, which are compared with the definition."""
+    x = pooling_bench._drawn((4, 8, 24, 8), "cpu", dtype)
+    assert (x.detach().flatten(2).sort(2).values.diff(dim=2) > 0).all()
+    grad = torch.randn(15, 4, 8).to(dtype)
+    for op in (pooling_bench.slices, pyramid_pool):
+        pooling_bench._gate("op", op, x, grad)
 
 
 def test_triton_under_the_interpreter(passes_under_the_interpreter):

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.results.claims import load_paper
 from common.results.verdicts import judge
 from papers.hpm import bench, descriptors, evaluate, extract, rank, reproduce, train
+from papers.hpm.kernels.bench import SHAPES
 from papers.hpm.model import pyramid_loss
 
 FOLDER = Path(train.__file__).parent
@@ -317,14 +318,8 @@ def test_exact_claims_hold(name, job, tmp_path):
     """Every claim of the experiment, by its own tolerance."""
     torch.manual_seed(0)
     found = reproduce.EXPERIMENTS[name].measure("quick", job(tmp_path))
-    record = {
-        "experiment": name,
-        "tier": "quick",
-        "seed": 0,
-        "status": "ok",
-        "metrics": found.metrics,
-        "code_digest": "",
-    }
+    record = {"experiment": name, "tier": "quick", "seed": 0, "status": "ok", "metrics": found.metrics, "code_digest": "",
+              "hardware": {"device": "cpu"}}  # fmt: skip
     paper = load_paper(FOLDER)
     mine = [claim for claim in paper.claims if claim.run and claim.run.experiment == name]
     assert mine
@@ -334,9 +329,8 @@ def test_exact_claims_hold(name, job, tmp_path):
 
 
 def test_arms_share_seed_data_and_size(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        reproduce, "load_config", lambda *a, **changed: tiny(**{"epochs": 1, "erasing": 0.0, "dim": 32, **changed})
-    )
+    short = lambda *a, **changed: tiny(**{"epochs": 1, "erasing": 0.0, "dim": 32, **changed})  # noqa: E731
+    monkeypatch.setattr("common.results.stages.load_config", short)
     found = reproduce.arms("quick", job(tmp_path))
     sizes = {arm: sum(config["scales"]) * config["dim"] for arm, config in found.config.items()}
     assert set(sizes) == set(reproduce.ARMS)
@@ -346,6 +340,31 @@ def test_arms_share_seed_data_and_size(job, tmp_path, monkeypatch):
     assert needed <= set(found.metrics)
     gap = found.metrics["pyramid_occluded_map"]["last"] - found.metrics["global_occluded_map"]["last"]
     assert found.metrics["occluded_gap"]["last"] == gap
+    assert {line["stage"] for line in found.curve} == set(reproduce.ARMS)
+
+
+def test_times_are_those_that_claims_name(job, tmp_path, monkeypatch):
+    """Rows as a GPU gives them: the bfloat16 ones are no times of the claims."""
+    ms = {"float32": 2.0, "bfloat16": 1.0}
+    rows = [
+        {"impl": impl, "mode": mode, "dtype": dtype, "shape": shape, "ms": ms[dtype], "gb_per_s": 6.0, "of_copy": 0.5}
+        for shape in SHAPES
+        for impl in ("slices", "adaptive", "torch", "triton", "compiled")
+        for mode in ("forward", "training")
+        for dtype in ms
+    ]
+    monkeypatch.setattr(reproduce, "kernel_bench", lambda *_, **__: rows)
+    monkeypatch.setattr(reproduce, "heads_bench", lambda **_: {"separate_ms": 2.0, "grouped_ms": 1.0})
+    monkeypatch.setattr(reproduce, "ranking_bench", lambda: {"seconds": 1.0})
+    for name in ("speed", "kernels"):
+        metrics = reproduce.EXPERIMENTS[name].measure("quick", job(tmp_path)).metrics
+        claims = [claim for claim in load_paper(FOLDER).claims if claim.run and claim.run.experiment == name]
+        assert {c.metric.name for c in claims} | {c.against for c in claims} <= set(metrics)
+        if name == "speed":
+            assert metrics["slices_full_ms"] == {"last": 2.0}
+        else:
+            assert metrics["triton_forward_bfloat16_ms"] == {"last": 1.0}
+            assert metrics["copy_gb_per_s"] == {"last": 12.0}
 
 
 def test_configs_of_the_full_tier_are_the_recipe():
