@@ -90,10 +90,10 @@ def exit_accuracies(config: Config, model, loader, world) -> dict[str, float]:
         return named(accuracies(((torch.stack(model(x)), y) for x, y in loader.epoch(0)), world)[:, 0].tolist())
 
 
-def named(accuracies: list[float]) -> dict[str, float]:
-    """{"exit1_accuracy": ..., "last_exit_accuracy": ..., "mean_accuracy": ...}; exits count from 1, as in the paper."""
-    found = {f"exit{i}_accuracy": value for i, value in enumerate(accuracies, 1)}
-    return found | {"last_exit_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies)}
+def named(percent: list[float]) -> dict[str, float]:
+    """Of exits 1 .. k: {"exit1_accuracy": ..., "last_exit_accuracy": ..., "mean_accuracy": ...}."""
+    found = {f"exit{i}_accuracy": value for i, value in enumerate(percent, 1)}
+    return found | {"last_exit_accuracy": percent[-1], "mean_accuracy": sum(percent) / len(percent)}
 
 
 def exit_metrics(line: dict[str, float], samples: int) -> dict[str, dict]:
