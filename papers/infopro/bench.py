@@ -33,20 +33,21 @@ SEGMENTS = 8  # of 56 units: about the square root
 RIVALS = ("end_to_end", "checkpointed", "k2", "k3", "k4")
 
 
-def infopro(name: str, K: int, equal_memory: bool, loss: str = "contrast", classes: int = 10) -> InfoPro:
+def infopro(name: str, K: int, equal_memory: bool) -> InfoPro:
     """A CIFAR network in K modules with all auxiliary nets, as the official code builds them whatever the lambdas."""
-    net, outputs = network(name, classes), 128 if loss == "contrast" else classes
+    net = network(name, 10)
     cuts = cut_points(name, net, K, equal_memory)
-    return InfoPro(net, cuts, Decoder, lambda c: head("1c2f", c, outputs), (5, 5), (0.1, 0.1), loss)
+    return InfoPro(net, cuts, Decoder, lambda c: head("1c2f", c, 128), (5, 5), (0.1, 0.1), "contrast")
 
 
-def random_batch(batch: int, device: torch.device, size: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    images = torch.randn(batch, 3, size, size, device=device)
-    return images, torch.rand(batch, 3, size, size, device=device), torch.arange(batch, device=device) % 10
+def random_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, pixels and labels of 10 classes, 32x32."""
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    return images, torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 10
 
 
 def recomputed(name: str, segments: int = SEGMENTS) -> float:
-    """Mult-adds that checkpointing computes again, over those of a step (a forward pass and a backward pass of two)."""
+    """Multiply-adds that checkpointing computes again, over those of a step (a forward pass and a backward pass of two)."""
     with torch.device("meta"):
         net, images = network(name, 10), torch.empty(1, 3, 32, 32)
         last = round((segments - 1) * len(net.units) / segments)
@@ -54,7 +55,7 @@ def recomputed(name: str, segments: int = SEGMENTS) -> float:
 
 
 def step_bench(
-    batch: int = 32, rounds: int = 5, min_run_time: float = 0.5, device: torch.device | str = "cpu", name: str = "r110"
+    batch: int = 32, rounds: int = 5, min_run_time: float = 0.5, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """For each of RIVALS: "<rival>_ms" a step, "<rival>_time" and "<rival>_memory", shares of end-to-end training, and
     "<rival>_mib" an image.
@@ -64,7 +65,7 @@ def step_bench(
     images, pixels, labels = random_batch(batch, device)
     steps = {}
     for rival in RIVALS:
-        model = infopro(name, int(rival[1:]) if rival[1:].isdecimal() else 1, True).to(device)
+        model = infopro("r110", int(rival[1:]) if rival[1:].isdecimal() else 1, True).to(device)
 
         def step(model=model, rival=rival):
             model.zero_grad(set_to_none=False)
@@ -87,11 +88,11 @@ def step_bench(
 KINDS = ("one_thread", "two_threads", "two_processes")
 
 
-def _worker(rank: int, folder: str, name: str, batch: int, steps: int, rounds: int) -> None:
+def _worker(rank: int, folder: str, batch: int, steps: int, rounds: int) -> None:
     """Rounds of `steps` steps of each kind: both modules in rank 0, with one or two threads; then a module a rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model, data = infopro(name, 2, False), random_batch(batch, torch.device("cpu"))
+    model, data = infopro("r110", 2, False), random_batch(batch, torch.device("cpu"))
     optimiser = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     seconds = {kind: [] for kind in KINDS}
     for i in range(rounds + 1):  # the first is to warm up
@@ -113,12 +114,14 @@ def _worker(rank: int, folder: str, name: str, batch: int, steps: int, rounds: i
     dist.destroy_process_group()
 
 
-def pipeline_bench(batch: int = 32, steps: int = 6, rounds: int = 3, name: str = "r110") -> dict[str, float]:
-    """K = 2 modules of equal layers on the CPU: "<kind>_ms" a step for each of KINDS, and "pipeline_time", two processes (a
-    module and a thread each; its start, when the upper one waits, is in it) over the better of the others: the median.
+def pipeline_bench(batch: int = 32, steps: int = 6, rounds: int = 3) -> dict[str, float]:
+    """R-110 in K = 2 modules of equal layers on the CPU: "<kind>_ms" a step for each of KINDS, and "pipeline_time".
+
+    That is two processes (a module and a thread each; the start, when the upper one waits, is in it) over the better of
+    the others: the median.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, name, batch, steps, rounds), nprocs=2)
+        mp.spawn(_worker, (folder, batch, steps, rounds), nprocs=2)
         seconds = torch.load(Path(folder) / "seconds.pt", weights_only=True)
     ratios = [two / min(one) for *one, two in zip(*(seconds[kind] for kind in KINDS), strict=True)]
     found = {f"{kind}_ms": 1e3 * statistics.median(times) / steps for kind, times in seconds.items()}

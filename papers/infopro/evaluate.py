@@ -12,11 +12,10 @@ import torch
 
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
-from common.cli import Job
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
 from common.metrics.compute import mult_adds, parameters
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import train
 from .local import InfoPro
@@ -29,15 +28,14 @@ class Config:
     test_images: int = -1  # -1: as in its own training; 0: all
 
 
-def trained(name: str) -> tuple[InfoPro, ResNet, train.Config, dict]:
-    """(modules with their auxiliary nets, the network alone, config, payload), both in eval mode."""
-    payload = read_checkpoint(name, "infopro.train")
-    identity, weights = payload["identity"], payload["state"]["parts"]["model"]
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    settings = cli.build_config(train.Config, {key: value for key, value in identity.items() if key in known}, name)
-    model = train.build(settings, identity["classes"])
+def trained_model(name: str) -> tuple[InfoPro, ResNet, train.Config, dict]:
+    """(modules with their auxiliary nets, the network alone, config, payload) of a checkpoint, both in eval mode."""
+    payload = read_checkpoint(name, train.SCRIPT)
+    classes, weights = payload["identity"]["classes"], payload["state"]["parts"]["model"]
+    settings = config_of(train.Config, payload["identity"], name)
+    model = train.build(settings, classes)
     model.load_state_dict(weights)
-    alone = network(settings.network, identity["classes"], settings.widths)
+    alone = network(settings.network, classes, settings.widths)
     own = {key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")}
     alone.load_state_dict(own)  # strict: nothing is missing and nothing is left over
     return model.eval(), alone.eval(), settings, payload
@@ -56,31 +54,28 @@ def largest_difference(model: InfoPro, alone: ResNet, loader) -> float:
 
 
 def run(config: Config, job: Job) -> Measured:
-    """Error of the network alone; its size and mult-adds, those of an end-to-end network; the auxiliary nets' size."""
-    if job.world.size > 1:
-        raise UserError("evaluate.py runs in one process; start it without torchrun")
-    model, alone, settings, payload = trained(config.checkpoint)
+    """Error of the network alone; its size and multiply-adds, those of an end-to-end network; the auxiliary nets' size."""
+    runtime.require_one_process(job.world, "evaluate.py")
+    model, alone, settings, payload = trained_model(config.checkpoint)
     if config.test_images >= 0:
         settings = dataclasses.replace(settings, test_images=config.test_images)
     tests = part(settings, job, "test")
-    if tests.classes != payload["identity"]["classes"]:
-        raise UserError(f"the checkpoint has {alone.classes} classes, {settings.dataset} has {tests.classes}")
+    tests.require_classes(alone.classes)
     with torch.device("meta"):
         fresh = network(settings.network, tests.classes, settings.widths)
         macs = mult_adds(fresh, torch.empty(1, 3, tests.size, tests.size))
     model, alone = model.to(job.device), alone.to(job.device)
     if settings.channels_last:
         model, alone = (m.to(memory_format=torch.channels_last) for m in (model, alone))
-    metrics = {
-        "error": {"last": train.error_rate(settings, alone, tests.loader, job.world), "n": tests.samples},
-        "difference": {"last": largest_difference(model, alone.eval(), tests.loader), "n": tests.samples},
-        "params": {"last": parameters(alone)},
-        "end_to_end_params": {"last": parameters(fresh)},
-        "auxiliary_params": {"last": parameters(model) - parameters(alone)},
-        "mult_adds": {"last": macs},
-    }
     return Measured(
-        metrics=metrics,
+        metrics={
+            "error": metric(train.error_rate(settings, alone, tests.loader, job.world), tests.samples),
+            "difference": metric(largest_difference(model, alone, tests.loader), tests.samples),
+            "params": metric(parameters(alone)),
+            "end_to_end_params": metric(parameters(fresh)),
+            "auxiliary_params": metric(parameters(model) - parameters(alone)),
+            "mult_adds": metric(macs),
+        },
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"steps": payload["position"]},
         data=tests.digests,

@@ -86,10 +86,13 @@ def draw_probes(records: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/infopro/figures"))
+    parser.add_argument("--out", type=Path, default=Path("runs/infopro/figures"), help="folder for the PNG files")
     args = parser.parse_args(argv)
     with exit_codes():
         found = [record for record in load_records(FOLDER) if record["status"] == "ok"]
+        found = [
+            record for record in found if record["hardware"]["device"] == "cpu"
+        ]  # those of a GPU are other evidence
         of = {name: [r for r in found if r["experiment"] == name] for name in ("costs", "step", "arms", "c10-arms")}
         tiers = {name: of[key] for name, key in (("digits", "arms"), ("CIFAR-10 subset", "c10-arms")) if of[key]}
         if of["costs"] or tiers:

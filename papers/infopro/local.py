@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import autocast, contrastive_loss, interpolated, reconstruction_loss
+from .losses import contrastive_loss, interpolated, reconstruction_loss
 from .model import Cut, ResNet, initialise, width
 
 LOSSES = {"contrast": contrastive_loss, "softmax": F.cross_entropy}
@@ -51,9 +51,8 @@ class InfoPro(nn.Module):
         self.lambda1, self.lambda2 = interpolated(*lambda1, len(cuts)), interpolated(*lambda2, len(cuts))
         channels = [width(network.units[end - 1]) for end in ends]
 
-        def nets(
-            make: Callable[[int], nn.Module] | None, weights: list[float]
-        ) -> nn.ModuleDict:  # {"k": net}, k from 0
+        def nets(make: Callable[[int], nn.Module] | None, weights: list[float]) -> nn.ModuleDict:
+            """{"k": net}, k from 0."""
             return nn.ModuleDict({str(k): initialise(make(c)) for k, c in enumerate(channels) if weights[k]})
 
         # After the network, so that one seed gives it the same weights for every K.
@@ -95,7 +94,7 @@ class InfoPro(nn.Module):
         """
         losses = []
         for k in range(self.K) if modules is None else modules:
-            with autocast(x.device, amp):
+            with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=amp):  # "meta" has none
                 x, loss = self.local_loss(k, x, pixels, labels)
             if loss.requires_grad:  # not where both lambdas are 0
                 loss.backward()
@@ -108,7 +107,7 @@ class InfoPro(nn.Module):
 
         `train_only(k)` says how those before behave.
         """
-        with torch.no_grad(), autocast(images.device, amp):
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             h = self.network.run(images, 0, self.bounds[k])
         return self.backward(h, pixels, labels, amp, (k,))[0]
 

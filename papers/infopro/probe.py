@@ -20,13 +20,16 @@ from common.checkpoints import Progress
 from common.cli import Job
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.metrics.accuracy import evaluating
+from common.results.records import Measured, metric
 
 from .auxiliary import Decoder, head
-from .evaluate import trained
+from .evaluate import trained_model
 from .losses import reconstruction_loss, restore
 from .model import TORCHVISION, ResNet, initialise, width
 from .train import normalisation
+
+SCRIPT = "infopro.probe"
 
 
 @dataclass
@@ -77,26 +80,24 @@ def loss_of(probes: Probes, h: list[Tensor], pixels: Tensor, y: Tensor) -> Tenso
     return loss + sum(F.cross_entropy(logits, y) for some in said for logits in some)
 
 
-@torch.inference_mode()
 def measure(probes: Probes, network: ResNet, loader, mean: Tensor, std: Tensor) -> dict[str, list[float]]:
     """On a split, one number a point: "bce" (nats a pixel value), "head_error" and "linear_error" in percent."""
-    probes.eval()
     bce, wrong, samples = 0, 0, 0
-    for x, y in loader.epoch(0):
-        pixels = restore(x, mean, std)
-        restored, *said = probes(probes.features(network, x), x.shape[-2:])
-        bce = bce + torch.stack([reconstruction_loss(r, pixels) for r in restored]) * len(y)
-        wrong = wrong + torch.stack([torch.stack([(p.argmax(1) != y).sum() for p in some]) for some in said])
-        samples += len(y)
+    with evaluating(probes):
+        for x, y in loader.epoch(0):
+            pixels = restore(x, mean, std)
+            restored, *said = probes(probes.features(network, x), x.shape[-2:])
+            bce = bce + torch.stack([reconstruction_loss(r, pixels) for r in restored]) * len(y)
+            wrong = wrong + torch.stack([torch.stack([(p.argmax(1) != y).sum() for p in some]) for some in said])
+            samples += len(y)
     errors = (100 * wrong / samples).tolist()
     return {"bce": (bce / samples).tolist(), "head_error": errors[0], "linear_error": errors[1]}
 
 
 def run(config: Config, job: Job) -> Measured:
     """Train the probes on the training split of the network, measure them on its test split."""
-    if job.world.size > 1:
-        raise UserError("probe.py runs in one process; start it without torchrun")
-    _, net, settings, payload = trained(config.checkpoint)
+    runtime.require_one_process(job.world, "probe.py")
+    _, net, settings, payload = trained_model(config.checkpoint)
     if settings.network in TORCHVISION:
         raise UserError(f"probe.py reads r<6n+2>; the checkpoint is {settings.network}")
     runtime.seed_everything(job.seed, job.deterministic)
@@ -112,7 +113,7 @@ def run(config: Config, job: Job) -> Measured:
         net, probes = (m.to(memory_format=torch.channels_last) for m in (net, probes))
     optimiser = torch.optim.Adam(probes.parameters(), config.lr, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
-    identity = {"script": "infopro.probe", "seed": job.seed, **dataclasses.asdict(config)}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config)}
     identity |= {"checkpoint": runtime.weights_sha256(net), "trained": payload["identity"]}
     progress = Progress(job, identity, probes=probes, optimiser=optimiser, cosine=cosine)
     per_epoch, stop = len(data.loader), runtime.StopFlag(job.world)
@@ -144,12 +145,11 @@ def run(config: Config, job: Job) -> Measured:
 
     found = measure(probes, net, tests.loader, mean, std)
     metrics = {
-        f"unit{i}_{name}": {"last": value, "n": tests.samples}
+        f"unit{i}_{name}": metric(value, tests.samples)
         for name, values in found.items()
         for i, value in zip(points, values, strict=True)
     }
-    for name, values in found.items():
-        metrics[f"last_{name}"] = {"last": values[-1], "n": tests.samples}
+    metrics |= {f"last_{name}": metric(values[-1], tests.samples) for name, values in found.items()}
     return Measured(
         metrics=metrics,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},

@@ -4,16 +4,16 @@ python -m papers.infopro.reproduce --tier quick
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.cli import Job, load_config
-from common.errors import UserError
+from common.cli import Job
 from common.metrics.compute import mult_adds, parameters, peak_memory
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.runtime import select_device
 
 from . import evaluate, probe, train
 from .auxiliary import Decoder, ImageNetDecoder, head, imagenet_head
@@ -26,17 +26,9 @@ from .losses import contrastive_loss, restore
 from .model import TORCHVISION, network, resnet_cifar
 from .recipes import DGL, END_TO_END, GREEDY, contrast, softmax
 
-FOLDER = Path(__file__).parent
-IMAGES_SEEN = {"cifar10": 160 * 50_000, "svhn": 160 * 73_257, "stl10": 160 * 5_000, "imagenet": 90 * 1_281_167}
+IMAGES_SEEN = {"cifar10": 160 * 50_000, "cluttered_digits": 160 * 50_000, "svhn": 160 * 73_257, "stl10": 160 * 5_000,
+               "imagenet": 90 * 1_281_167}  # fmt: skip
 REPORTED_GB = {1: 9.40, 2: 5.38, 3: 4.22, 4: 3.52}  # of training R-110 at batch 1024, table 3; K = 1: end to end
-
-
-def metric(value: float) -> dict:
-    return {"last": value}
-
-
-def measured(found: dict[str, float], **more) -> Measured:
-    return Measured({name: metric(value) for name, value in found.items()}, **more)
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
@@ -73,7 +65,7 @@ def costs(tier: str, job: Job) -> Measured:
             total = mult_adds(net, torch.empty(1, 3, 224, 224))
             found[f"{name}_k2_overhead"] = 100 * auxiliary_mult_adds(local, 224) / total
     found["checkpointed_overhead"] = 100 * recomputed("r110")
-    return measured(found | isolation() | identities())
+    return Measured.of(found | isolation() | identities())
 
 
 def small(cuts=((1, 0), (2, 0), (2, 1)), lambdas: float = 1.0) -> InfoPro:
@@ -170,17 +162,16 @@ def step(tier: str, job: Job) -> Measured:
         found |= pipeline_bench(batch, steps=6, rounds=rounds)
         found["one_process_ms"] = min(found["one_thread_ms"], found["two_threads_ms"])
     settings = {"batch": batch, "rounds": rounds, "segments": SEGMENTS, "threads": torch.get_num_threads()}
-    return measured(found, config=settings)
+    return Measured.of(found, config=settings)
 
 
 def gpu_memory(tier: str, job: Job) -> Measured:
     """The paper's memory table: R-110, batch 1024, most gigabytes allocated on the GPU in a step."""
-    if job.device.type != "cuda":
-        raise UserError("gpu-memory needs a CUDA device; on the CPU the experiment `step` measures the same at batch 8")
+    device = select_device("cuda")
 
     def one(K: int, segments: int = 0) -> float:
         def whole() -> None:
-            model, (x, pixels, y) = infopro("r110", K, True).to(job.device), random_batch(1024, job.device)
+            model, (x, pixels, y) = infopro("r110", K, True).to(device), random_batch(1024, device)
             optimiser = torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True)
             for _ in range(2):
                 optimiser.zero_grad()
@@ -190,54 +181,39 @@ def gpu_memory(tier: str, job: Job) -> Measured:
                     model.backward(x, pixels, y)
                 optimiser.step()
 
-        return peak_memory(whole, job.device) / 2**30
+        return peak_memory(whole, device) / 2**30
 
     found = {f"gpu_k{K}_gb": one(K) for K in (1, 2, 3, 4)} | {"gpu_checkpointed_gb": one(1, SEGMENTS)}
     for name in ("k2", "k3", "k4", "checkpointed"):
         found[f"gpu_{name}_saving"] = 100 * (1 - found[f"gpu_{name}_gb"] / found["gpu_k1_gb"])
-    return measured(found, config={"batch": 1024, "segments": SEGMENTS})
+    return Measured.of(found, config={"batch": 1024, "segments": SEGMENTS})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
 def trainings(arms: dict[str, dict], config: str | None = None, probed: tuple[str, ...] = (), **overrides) -> Callable:
     """An experiment: one training an arm (its changed settings), all with the same start and data; those `probed` too."""
 
     def measure(tier: str, job: Job) -> Measured:
-        name, done, metrics, probes = config or config_name(tier, job), {}, {}, {}
+        name, done, metrics, probes = config or tier_config(tier, job), {}, {}, {}
         for arm, changed in arms.items():
-            settings = load_config(train.Config, FOLDER, name, "train", **{**overrides, **changed})
-            done[arm] = train.run(settings, job.sub(arm))
+            done[arm] = run_stage(train, name, job, arm, **overrides, **changed)
             metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
         if job.world.size == 1:  # evaluate.py and probe.py run in one process
             for arm in arms:
                 seen = evaluate.run(evaluate.Config(str(job.work_dir / arm)), job.sub(f"{arm}-evaluated")).metrics
                 metrics |= {f"{arm}_{key}": seen[key] for key in ("difference", "params", "end_to_end_params")}
             for arm in probed:
-                settings = load_config(probe.Config, FOLDER, name, "probe", checkpoint=str(job.work_dir / arm))
-                found = probe.run(settings, job.sub(f"{arm}-probed"))
+                found = run_stage(probe, name, job, f"{arm}-probed", checkpoint=str(job.work_dir / arm))
                 metrics |= {f"{arm}_{key}": value for key, value in found.metrics.items()}
                 probes[arm] = found.artifacts
         if "greedy" in arms:  # how much of what greedy training loses do the others win back?
             for arm in arms:
                 gain = metrics["greedy_error"]["last"] - metrics[f"{arm}_error"]["last"]
                 metrics[f"{arm}_gain_on_greedy"] = metric(gain)
-        first = done[next(iter(arms))]
-        seen = min(found.scale["steps"] * found.scale["batch"] for found in done.values())
-        papers = IMAGES_SEEN.get(first.config["dataset"], IMAGES_SEEN["cifar10"])
-        return Measured(
-            metrics,
-            config={arm: found.config for arm, found in done.items()},
-            scale={**first.scale, "fraction": min(1.0, seen / (0.97 * papers))},  # incomplete batches are dropped
-            data=first.data,
-            numerics=first.numerics,
-            curve=[{"stage": arm, **line} for arm, found in done.items() for line in found.curve],
-            artifacts={"probes": probes} if probes else {},
-            weights_sha256=first.weights_sha256,
-        )
+        first = next(iter(done))
+        papers = IMAGES_SEEN[done[first].config["dataset"]]
+        fraction = min(share_of(papers, found) for found in done.values())
+        return one_record(metrics, done, first, fraction, {"probes": probes} if probes else {})
 
     measure.arms = tuple(arms)
     return measure

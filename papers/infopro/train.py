@@ -24,16 +24,18 @@ from common.cli import Job
 from common.datasets import DeviceLoader, imagenet
 from common.datasets.classification import part, per_rank
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .auxiliary import Decoder, ImageNetDecoder, head, imagenet_head
 from .checkpointing import checkpointed, require_segments
 from .cost import auxiliary_mult_adds, saved_mib
 from .cuts import cut_points
 from .local import InfoPro
-from .losses import autocast, restore
+from .losses import restore
 from .model import TORCHVISION, network
+
+SCRIPT = "infopro.train"
 
 
 @dataclass
@@ -126,18 +128,10 @@ def learning_rate(config: Config, epoch: int) -> float:
     return lr
 
 
-@torch.inference_mode()
 def error_rate(config: Config, net, loader, world) -> float:
     """Top-1 error of the network in percent, over all ranks; auxiliary nets have no part in it."""
-    net.eval()
-    found = torch.zeros(2, device=world.device)
-    for x, y in loader.epoch(0):
-        with autocast(x.device, config.amp):
-            logits = net(x)
-        found += torch.stack([topk_correct(logits.float(), y, (1,))[0].float(), y.new_tensor(len(y)).float()])
-    net.train()
-    right, seen = runtime.sum_over_ranks(found).tolist()
-    return 100 - 100 * right / seen
+    with evaluating(net, config.amp):
+        return 100 - accuracies(((net(x), y) for x, y in loader.epoch(0)), world).item()
 
 
 def step_losses(config: Config, model: InfoPro, k: int, x: Tensor, pixels: Tensor, y: Tensor) -> Tensor:
@@ -146,7 +140,7 @@ def step_losses(config: Config, model: InfoPro, k: int, x: Tensor, pixels: Tenso
         return model.backward_of(k, x, pixels, y, config.amp)
     if not config.checkpoint_segments:
         return model.backward(x, pixels, y, config.amp)[0]
-    with autocast(x.device, config.amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
         loss = F.cross_entropy(checkpointed(model.network, x, config.checkpoint_segments), y)
     loss.backward()
     return loss.detach()[None]
@@ -164,7 +158,7 @@ def run(config: Config, job: Job) -> Measured:
     optimiser = torch.optim.SGD(model.parameters(), config.lr, **momentum, weight_decay=config.weight_decay, fused=True)
     mean, std = normalisation(train.loader, job.device)
 
-    identity = {"script": "infopro.train", "seed": job.seed, "classes": train.classes, "size": train.size}
+    identity = {"script": SCRIPT, "seed": job.seed, "classes": train.classes, "size": train.size}
     progress = Progress(job, identity | dataclasses.asdict(config), model=model, optimiser=optimiser)
     per_epoch, stop = len(train.loader), runtime.StopFlag(job.world)
     epochs = config.epochs * (model.K if config.training == "asynchronous" else 1)
@@ -201,13 +195,15 @@ def run(config: Config, job: Job) -> Measured:
                 raise runtime.Stopped(f"training at step {progress.step} of {per_epoch * epochs}")
 
     errors = [line["error"] for line in progress.curve if "error" in line]
-    metrics = {"error": {"last": errors[-1], "best_test": min(errors), "n": tests.samples}}
     with torch.device("meta"):
         sizes = build(config, train.classes)
-    metrics["saved_mib"] = {"last": saved_mib(sizes, train.size)}
-    metrics["auxiliary_mult_adds"] = {"last": auxiliary_mult_adds(sizes, train.size)}
     return Measured(
-        metrics=metrics | {"train_seconds": {"last": round(progress.seconds, 2)}},
+        metrics={
+            "error": {**metric(errors[-1], tests.samples), "best_test": min(errors)},
+            "saved_mib": metric(saved_mib(sizes, train.size)),
+            "auxiliary_mult_adds": metric(auxiliary_mult_adds(sizes, train.size)),
+            "train_seconds": metric(round(progress.seconds, 2)),
+        },
         config=dataclasses.asdict(config),
         scale={"epochs": epochs, "steps": progress.step, "batch": config.batch_size},
         data=train.digests | tests.digests,

@@ -113,7 +113,7 @@ def thresholds_for_budget(
 ) -> tuple[Tensor, float, float]:
     """Thresholds that spend at most `budget` a sample on the held-out set: (k,), their p and their expected cost.
 
-    confidence (N, k) of the held-out set; costs (k,) cumulative mult-adds of the exits; budget in [costs[0],
+    confidence (N, k) of the held-out set; costs (k,) cumulative multiply-adds of the exits; budget in [costs[0],
     costs[-1]] (ValueError outside). The expected cost grows with p, so the largest p that fits is found by dividing
     the range of log p into 64 parts, five times over. Cost moves in steps of one sample (of one tie): what is left
     unspent is that step.

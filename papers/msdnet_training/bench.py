@@ -1,10 +1,10 @@
-"""Does leaving early save the time that it saves in mult-adds? The engine against the whole network, all exits run.
+"""Does leaving early save the time that it saves in multiply-adds? The engine against the whole network, all exits run.
 
     python -m papers.msdnet_training.bench [--device auto|cpu|cuda] [--batch 256 32 1] [--rounds 5]
 
 The CIFAR network of the budgeted setting (5 exits, lin_grow) with random weights; thresholds chosen so that the exits are
 taken as p asks (adaptive.exit_fractions). Both sides have the same folded weights, memory layout and chunks, and take
-turns; a ratio is the median over rounds. `saving` is (1 - time) / (1 - mult-adds): 1 where time falls as mult-adds do.
+turns; a ratio is the median over rounds. `saving` is (1 - time) / (1 - multiply-adds): 1 where time falls as they do.
 """
 
 import argparse
@@ -40,16 +40,12 @@ def check(engine: AdaptiveEngine, images: Tensor, logits: Tensor) -> Tensor:
 
 
 def adaptive_bench(
-    batch: int = 256,
-    rounds: int = 5,
-    min_run_time: float = 1.0,
-    device: torch.device | str = "cpu",
-    budgets: tuple[float, ...] = BUDGETS,
+    batch: int = 256, rounds: int = 5, min_run_time: float = 1.0, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """Figures of one batch size, the engine checked first.
 
-    "full_s": seconds of the whole network an image; then for each p "mult_adds_p", "time_p": shares of the whole
-    network's; "saving_p", and "throughput_p", its throughput gain over the mult-add gain. ValueError: batch, rounds < 1.
+    "full_s": seconds of the whole network an image; then for each p of BUDGETS "mult_adds_p", "time_p": shares of the whole
+    network's; "saving_p", and "throughput_p", its throughput gain over the multiply-add gain. ValueError: batch, rounds < 1.
     """
     if rounds < 1 or batch < 1:
         raise ValueError(f"rounds={rounds}, batch={batch}: expected at least 1")
@@ -63,14 +59,14 @@ def adaptive_bench(
     logits = torch.stack(in_chunks(whole, images, chunk), dim=1)
 
     runs, share = {"full": lambda: [in_chunks(whole, x, chunk) for x in images.split(batch)]}, {}
-    for p in budgets:
+    for p in BUDGETS:
         bounds = thresholds(confidence(logits), exit_fractions(p, 5))
         engine = AdaptiveEngine(model, bounds, chunk)
         share[p] = expected_cost(check(engine, images, logits), costs).item() / costs[-1]
         runs[f"{p:g}"] = lambda engine=engine: [engine(x) for x in images.split(batch)]
     measured = latency(runs, min_run_time, rounds)
     figures = {"full_s": measured["full"].median / len(images)}
-    for p in budgets:
+    for p in BUDGETS:
         time = measured[f"{p:g}"].ratio
         figures |= {f"mult_adds_{p:g}": share[p], f"time_{p:g}": time}
         figures |= {f"saving_{p:g}": (1 - time) / (1 - share[p]), f"throughput_{p:g}": share[p] / time}
@@ -103,12 +99,12 @@ def forms_bench(batch: int = 256, rounds: int = 5, device: torch.device | str = 
 def table(figures: dict[str, float], batch: int) -> str:
     """One row a budget."""
     lines = [f"batch {batch}: the whole network {1e3 * figures['full_s']:.2f} ms an image"]
-    lines.append(f"{'p':>6}{'mult-adds':>11}{'time':>8}{'saving':>8}{'throughput / mult-adds':>24}")
+    lines.append(f"{'p':>6}{'multiply-adds':>15}{'time':>8}{'saving':>8}{'throughput / multiply-adds':>28}")
     for key in figures:
         if key.startswith("saving_"):
             p = key.removeprefix("saving_")
             values = [figures[f"{name}_{p}"] for name in ("mult_adds", "time", "saving", "throughput")]
-            lines.append(f"{p:>6}{values[0]:11.3f}{values[1]:8.3f}{values[2]:8.2f}{values[3]:24.2f}")
+            lines.append(f"{p:>6}{values[0]:15.3f}{values[1]:8.3f}{values[2]:8.2f}{values[3]:28.2f}")
     return "\n".join(lines)
 
 

@@ -15,51 +15,44 @@ from torch import Tensor
 
 from common import cli, runtime
 from common.checkpoints import read_checkpoint
-from common.cli import Job, build_config
+from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
-from common.results.records import Measured
+from common.metrics.accuracy import evaluating
+from common.results.records import Measured, metric
 
 from . import finetune, train
-from .adaptive import budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
+from .adaptive import anytime, budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
+from .collaboration import IMTA
 from .cost import exit_costs
+from .model import MSDNet
 
 
 @dataclass
 class Config:
     checkpoint: str = ""  # a checkpoint of train.py or finetune.py, or its work dir (the newest one there)
-    budget: float = 0.0  # mult-adds an image, on average; 0: the curve over all budgets alone
+    budget: float = 0.0  # multiply-adds an image, on average; 0: the curve over all budgets alone
     test_images: int = -1  # -1: as in its own training; 0: all
 
 
-def trained_model(name: str):
-    """(MSDNet or IMTA with its weights, the config of stage 1, classes, script, step)."""
-    payload = read_checkpoint(name, "msdnet_training.train", "msdnet_training.finetune")
-    identity, position = payload["identity"], payload["position"]
-
-    def settings(script, values):
-        known = {field.name for field in dataclasses.fields(script.Config)}
-        return build_config(script.Config, {key: value for key, value in values.items() if key in known}, name)
-
-    if identity["script"] == "msdnet_training.train":
-        config = settings(train, identity)
+def trained_model(name: str) -> tuple[MSDNet | IMTA, train.Config, dict]:
+    """(the network with its weights, the config of stage 1, payload) of a checkpoint of either stage."""
+    payload = read_checkpoint(name, train.SCRIPT, finetune.SCRIPT)
+    identity = payload["identity"]
+    config = config_of(train.Config, identity.get("trained", identity), name)
+    if identity["script"] == train.SCRIPT:
         model = train.build(config, identity["classes"])
     else:
-        config = settings(train, identity["trained"])
-        model = finetune.build(settings(finetune, identity), config, identity["classes"])
+        model = finetune.build(config_of(finetune.Config, identity, name), config, identity["classes"])
     model.load_state_dict(payload["state"]["parts"]["model"])
-    return model, config, identity["classes"], identity["script"], position
+    return model, config, payload
 
 
-@torch.inference_mode()
-def all_logits(config: train.Config, model, loader, device) -> tuple[Tensor, Tensor]:
+def all_logits(config: train.Config, model, loader) -> tuple[Tensor, Tensor]:
     """Of every image of a loader and every exit: logits (N, k, classes) and labels (N,), on the CPU."""
-    model.eval()
-    logits, labels = [], []
-    for x, y in loader.epoch(0):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            logits.append(torch.stack(model(x), 1).float().cpu())
-        labels.append(y.cpu())
+    with evaluating(model, config.amp):
+        found = [(torch.stack(model(x), 1).float().cpu(), y.cpu()) for x, y in loader.epoch(0)]
+    logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -81,7 +74,8 @@ def accuracy_at(curve: list[dict], mult_adds: float) -> float:
 
 def run(config: Config, job: Job) -> Measured:
     """Accuracy and cumulative cost of every exit; the budget curve; with a budget, its thresholds and what they buy."""
-    model, settings, classes, script, step = trained_model(config.checkpoint)
+    runtime.require_one_process(job.world, "evaluate.py")
+    model, settings, payload = trained_model(config.checkpoint)
     if config.test_images >= 0:
         settings = dataclasses.replace(settings, test_images=config.test_images)
     if not settings.held_out:
@@ -89,33 +83,29 @@ def run(config: Config, job: Job) -> Measured:
             f"{config.checkpoint} was trained with held_out=0: no image is left to choose thresholds on; train it with "
             "--set held_out=<images>"
         )
-    if job.world.size > 1:
-        raise UserError("evaluate.py runs in one process; start it without torchrun")
     held, tests = part(settings, job, "held_out"), part(settings, job, "test")
-    if tests.classes != classes:
-        raise UserError(f"the checkpoint has {classes} classes, {settings.dataset} has {tests.classes}")
+    tests.require_classes(payload["identity"]["classes"])
     costs = exit_costs(model, tests.size)
     model = model.to(job.device)
-    held_out = confidence(all_logits(settings, model, held.loader, job.device)[0])
-    logits, labels = all_logits(settings, model, tests.loader, job.device)
-    accuracies = (100 * (logits.argmax(-1) == labels[:, None]).double().mean(0)).tolist()
+    held_out = confidence(all_logits(settings, model, held.loader)[0])
+    logits, labels = all_logits(settings, model, tests.loader)
     curve = budget_curve(held_out, logits, labels, costs)
-    metrics = train.exit_metrics(accuracies, tests.samples)
-    metrics |= {f"exit{i}_mult_adds": {"last": cost} for i, cost in enumerate(costs, 1)}
+    metrics = train.exit_metrics(train.named(anytime(logits, labels).tolist()), tests.samples)
+    metrics |= {f"exit{i}_mult_adds": metric(cost) for i, cost in enumerate(costs, 1)}
     artifacts = {"budget_curve": curve, "exit_mult_adds": costs}
     if config.budget:
         try:
             chosen, p, _ = thresholds_for_budget(held_out, costs, config.budget)
         except ValueError as error:
-            raise UserError(f"budget: {error}") from None
+            raise UserError(str(error)) from None
         found = budgeted(logits, labels, chosen, costs)
-        metrics |= {"budgeted_accuracy": {"last": found.accuracy, "n": tests.samples}}
-        metrics |= {"budgeted_mult_adds": {"last": found.cost}}
+        metrics["budgeted_accuracy"] = metric(found.accuracy, tests.samples)
+        metrics["budgeted_mult_adds"] = metric(found.cost)
         artifacts |= {"thresholds": chosen.clamp(min=-1).tolist(), "p": p, "exit_fractions": found.fractions.tolist()}
     return Measured(
         metrics=metrics,
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
-        scale={"epochs": settings.epochs, "steps": step, "of": script},
+        scale={"epochs": settings.epochs, "steps": payload["position"], "of": payload["identity"]["script"]},
         data=held.digests | tests.digests,
         artifacts=artifacts,
         weights_sha256=runtime.weights_sha256(model),

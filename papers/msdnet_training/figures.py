@@ -1,8 +1,8 @@
 """Draw the paper's figures from the committed records: `make figures PAPER=msdnet_training`.
 
-anytime-<record>.png    accuracy of every exit against its mult-adds, one line an arm (paper figures 4 and 5)
-budgeted-<record>.png   budgeted prediction: accuracy against mult-adds, and against milliseconds of the engine
-exits.png               time saved against mult-adds saved by leaving early
+anytime-<record>.png    accuracy of every exit against its multiply-adds, one line an arm (paper figures 4 and 5)
+budgeted-<record>.png   budgeted prediction: accuracy against multiply-adds, and against milliseconds of the engine
+exits-that-exit-*.png   time saved against multiply-adds saved by leaving early
 gradients.png           norm of the first block's gradient against the number of exits (paper figure 3)
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.cli import exit_codes
 from common.results.figures import plt, save
-from common.results.records import load_records
+from common.results.records import load_records, name_of
 
 FOLDER = Path(__file__).parent
 ARMS = {
@@ -31,7 +31,7 @@ def draw_anytime(record: dict, path: Path) -> None:
             costs = record["artifacts"][arm]["exit_mult_adds"]
             accuracies = [record["metrics"][f"{arm}_exit{i}_accuracy"]["last"] for i in range(1, len(costs) + 1)]
             axes.plot([c / 1e6 for c in costs], accuracies, marker="o", ms=3, lw=1.2, color=colour, label=name)
-    axes.set(xlabel="mult-adds [M]", ylabel="accuracy of the exit [%]")
+    axes.set(xlabel="multiply-adds [M]", ylabel="accuracy of the exit [%]")
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -46,14 +46,14 @@ def draw_budgeted(record: dict, path: Path) -> None:
             if "timed_budgets" in found:
                 points = sorted((point["ms"], point["accuracy"]) for point in found["timed_budgets"])
                 axes[1].plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=colour, label=name)
-    axes[0].set(xlabel="mean mult-adds an image [M]", ylabel="accuracy [%]")
-    axes[1].set(xlabel="ms an image, batches of 256, CPU")
+    axes[0].set(xlabel="mean multiply-adds an image [M]", ylabel="accuracy [%]")
+    axes[1].set(xlabel="ms an image, batches of 256")
     axes[0].legend(fontsize=7)
     save(figure, path)
 
 
 def draw_exits(record: dict, path: Path) -> None:
-    """Share of the time against share of the mult-adds that leaving early takes away; the diagonal is all of it."""
+    """Share of the time against share of the multiply-adds that leaving early takes away; the diagonal is all of it."""
     figure, axes = plt.subplots(figsize=(4.4, 3.8))
     batches = sorted({row["batch"] for row in record["artifacts"]["rows"]})
     for batch, colour in zip(batches, ("#888888", "#f28e2b", "#4e79a7"), strict=False):
@@ -61,7 +61,7 @@ def draw_exits(record: dict, path: Path) -> None:
         points = sorted((1 - row["mult_adds"], 1 - row["time"]) for row in rows)
         axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, color=colour, label=f"batch {batch}")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=0.8, ls=":", zorder=0)
-    axes.set(xlabel="mult-adds saved", ylabel="time saved")
+    axes.set(xlabel="multiply-adds saved", ylabel="time saved")
     axes.legend(fontsize=7)
     save(figure, path)
 
@@ -81,19 +81,18 @@ def draw_gradients(records: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/msdnet_training/figures"), help="folder for the PNG files"
-    )
+    folder = Path("runs/msdnet_training/figures")
+    parser.add_argument("--out", type=Path, default=folder, help="folder for the PNG files")
     args = parser.parse_args(argv)
     with exit_codes():
         records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
         for record in records:
-            name = f"{record['experiment']}-{record['tier']}-s{record['seed']}.png"
+            name = f"{name_of(record)}.png"
             if "imta_mean_accuracy" in record["metrics"]:
                 draw_anytime(record, args.out / f"anytime-{name}")
                 draw_budgeted(record, args.out / f"budgeted-{name}")
             if record["experiment"] == "exits-that-exit" and record["seed"] == 0:
-                draw_exits(record, args.out / "exits.png")
+                draw_exits(record, args.out / name)
         if mechanism := [record for record in records if record["experiment"] == "mechanism"]:
             draw_gradients(mechanism, args.out / "gradients.png")
 

@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from common import cli, runtime
 from common.checkpoints import Progress, read_checkpoint
-from common.cli import Job, build_config
+from common.cli import Job, config_of
 from common.datasets.classification import part
-from common.errors import UserError
-from common.results.records import Measured
+from common.results.records import Measured, metric
 
 from . import train
 from .collaboration import IMTA, CollaborativeHeads, LinearHeads
 from .distillation import one_for_all_loss
+
+SCRIPT = "msdnet_training.finetune"
 
 
 @dataclass
@@ -51,14 +52,6 @@ class Config:
             raise ValueError(f"milestones are rising epochs below {self.epochs}; they are {list(self.milestones)}")
 
 
-def read_stage_1(name: str) -> tuple[dict, train.Config, int]:
-    """(payload, the config it was trained with, classes) of a checkpoint of train.py."""
-    payload = read_checkpoint(name, "msdnet_training.train")
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    settings = {key: value for key, value in payload["identity"].items() if key in known}
-    return payload, build_config(train.Config, settings, name), payload["identity"]["classes"]
-
-
 def build(config: Config, settings: train.Config, classes: int) -> IMTA:
     """The network of this stage, around an untrained backbone."""
     backbone = train.build(settings, classes)
@@ -72,14 +65,14 @@ def build(config: Config, settings: train.Config, classes: int) -> IMTA:
 def run(config: Config, job: Job) -> Measured:
     """Train the new exits; returns the accuracy of each on the test split after the last epoch, and the curve."""
     runtime.seed_everything(job.seed, job.deterministic)
-    payload, settings, classes = read_stage_1(config.checkpoint)
+    payload = read_checkpoint(config.checkpoint, train.SCRIPT)
+    settings, classes = config_of(train.Config, payload["identity"], config.checkpoint), payload["identity"]["classes"]
     data, tests = (part(settings, job, which) for which in ("train", "test"))
-    if data.classes != classes:
-        raise UserError(f"the checkpoint has {classes} classes, {settings.dataset} has {data.classes}")
+    data.require_classes(classes)
     model = build(config, settings, classes)
     model.backbone.load_state_dict(payload["state"]["parts"]["model"])
     # The backbone itself, not the name of its file, is what a resume must agree on.
-    identity = {"script": "msdnet_training.finetune", "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
+    identity = {"script": SCRIPT, "seed": job.seed, **dataclasses.asdict(config), "checkpoint": ""}
     identity |= {"backbone": runtime.weights_sha256(model.backbone), "classes": classes}
     identity |= {"trained": dataclasses.asdict(settings)}
     model = model.to(job.device).train()
@@ -117,8 +110,7 @@ def run(config: Config, job: Job) -> Measured:
                 line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
                 if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
                     runtime.broadcast_from_main(model.buffers())
-                    accuracies = train.exit_accuracies(settings, model, tests.loader, job.world)
-                    line |= {name: found["last"] for name, found in train.exit_metrics(accuracies, 0).items()}
+                    line |= train.exit_accuracies(settings, model, tests.loader, job.world)
                 progress.log(f"finetune epoch {epoch + 1}/{config.epochs}", **line)
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
@@ -127,10 +119,9 @@ def run(config: Config, job: Job) -> Measured:
                 progress.save(lr)
                 raise runtime.Stopped(f"fine-tuning at step {progress.step} of {per_epoch * config.epochs}")
 
-    accuracies = [progress.curve[-1][f"exit{i}_accuracy"] for i in range(1, settings.exits + 1)]
-    metrics = train.exit_metrics(accuracies, tests.samples) | {"finetune_seconds": {"last": round(progress.seconds, 2)}}
+    metrics = train.exit_metrics(progress.curve[-1], tests.samples)
     return Measured(
-        metrics=metrics,
+        metrics=metrics | {"finetune_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config) | {"trained": dataclasses.asdict(settings)},
         scale={"epochs": config.epochs, "steps": progress.step, "batch": settings.batch_size},
         data=data.digests | tests.digests,

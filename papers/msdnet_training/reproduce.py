@@ -5,16 +5,16 @@ python -m papers.msdnet_training.reproduce --tier quick
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common.cli import Job, load_config
+from common.cli import Job
 from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
-from common.results.records import Measured
+from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
+from common.results.stages import one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train
 from .adaptive import confidence, exit_fractions, thresholds
@@ -25,13 +25,8 @@ from .distillation import one_for_all_loss, sum_of_cross_entropies
 from .engine import CHUNK, AdaptiveEngine
 from .model import MSDNet, msdnet_cifar, msdnet_imagenet
 
-FOLDER = Path(__file__).parent
 IMAGES_SEEN = {"cifar10": 300 * 45_000, "cifar100": 300 * 45_000, "cluttered_digits": 300 * 45_000,
                "imagenet": 90 * 1_231_167}  # fmt: skip
-
-
-def metric(value: float) -> dict:
-    return {"last": value}
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
@@ -51,14 +46,12 @@ def costs(tier: str, job: Job) -> Measured:
             model = build(**arguments)
             imta = IMTA(model, CollaborativeHeads(model.feature_dims, model.classes))
         found[f"{name}_params"] = parameters(model)
-        found[f"{name}_imta_params"] = parameters(
-            imta
-        )  # the old linear classifiers are there too: the last one teaches
+        found[f"{name}_imta_params"] = parameters(imta)  # with the old linear classifiers: the last one teaches
         for count in ("ops", "mult_adds"):
             for i, cost in enumerate(exit_costs(model, size, count), 1):
                 found[f"{name}_exit{i}_m{count}"] = cost / 1e6
     found |= gradient_properties() | loss_properties()
-    return Measured({name: metric(value) for name, value in found.items()})
+    return Measured.of(found)
 
 
 def block_gradients(model: MSDNet, x, y, losses: list[int] | None = None) -> list[torch.Tensor]:
@@ -135,11 +128,11 @@ def mechanism(tier: str, job: Job) -> Measured:
             found[f"{mode or 'sum'}_k{k}_norm"] = block_gradients(model, x, y)[0].norm().item()
     for mode in ("sum", "all", "last"):
         found[f"{mode}_growth"] = found[f"{mode}_k8_norm"] / found[f"{mode}_k2_norm"]
-    return Measured({name: metric(value) for name, value in found.items()}, config={"exits": exits, "batch": 16})
+    return Measured.of(found, config={"exits": exits, "batch": 16})
 
 
 def exits_that_exit(tier: str, job: Job) -> Measured:
-    """Share of the time, and of the mult-adds, that leaving early saves, at several budgets and batch sizes."""
+    """Share of the time, and of the multiply-adds, that leaving early saves, at several budgets and batch sizes."""
     found, rows = {}, []
     for batch in (256, 32, 1):
         figures = adaptive_bench(batch, rounds=3, min_run_time=0.5, device=job.device)
@@ -149,7 +142,7 @@ def exits_that_exit(tier: str, job: Job) -> Measured:
             found |= {f"b{batch}_p{p:g}_{name}_saved": 1 - row[name] for name in ("mult_adds", "time")}
             rows.append(row)
     settings = {"network": "CIFAR, 5 exits, lin_grow", "size": 32, "threads": torch.get_num_threads()}
-    return Measured({name: metric(value) for name, value in found.items()}, config=settings, artifacts={"rows": rows})
+    return Measured.of(found, config=settings, artifacts={"rows": rows})
 
 
 # ------------------------------------------------------------------------------------------------ trainings
@@ -157,16 +150,10 @@ STAGE_1 = {"sum": {"equilibrium": "none"}, "last": {"equilibrium": "last"}, "ge"
 STAGE_2 = {"isc": {"gamma": 0.0}, "ofa": {"collaboration": False}, "imta": {}}
 
 
-def config_name(tier: str, job: Job) -> str:
-    return "short-cpu" if tier == "short" and job.device.type == "cpu" else tier
-
-
 def timed_budgets(checkpoint: str, job: Job, budgets: tuple[float, ...] = (0.3, 0.5, 0.75, 1, 1.5, 2)) -> list[dict]:
     """Budgeted prediction with the engine, in batches of 256 test images: {p, ms an image, accuracy}; in turns."""
-    model, settings, *_ = evaluate.trained_model(checkpoint)
-    held_out, _ = evaluate.all_logits(
-        settings, model.to(job.device), part(settings, job, "held_out").loader, job.device
-    )
+    model, settings, _ = evaluate.trained_model(checkpoint)
+    held_out, _ = evaluate.all_logits(settings, model.to(job.device), part(settings, job, "held_out").loader)
     batches = list(part(dataclasses.replace(settings, batch_size=256), job, "test").loader.epoch(0))
     chunk = 256 if job.device.type == "cuda" else CHUNK
     engines = {
@@ -186,14 +173,11 @@ def arms(stage_1: tuple[str, ...], stage_2: tuple[str, ...], config: str | None 
     """An experiment: the networks of stage 1 with the same weights and data order, then heads on that of `ge`."""
 
     def measure(tier: str, job: Job) -> Measured:
-        name, stages, metrics, curves = config or config_name(tier, job), {}, {}, {}
+        name, stages, metrics, curves = config or tier_config(tier, job), {}, {}, {}
         for arm in stage_1:
-            settings = load_config(train.Config, FOLDER, name, "train", **{**STAGE_1[arm], **overrides})
-            stages[arm] = train.run(settings, job.sub(arm))
+            stages[arm] = run_stage(train, name, job, arm, **STAGE_1[arm], **overrides)
         for arm in stage_2:
-            changed = {**STAGE_2[arm], "checkpoint": str(job.work_dir / "ge")}
-            settings = load_config(finetune.Config, FOLDER, name, "finetune", **changed)
-            stages[arm] = finetune.run(settings, job.sub(arm))
+            stages[arm] = run_stage(finetune, name, job, arm, **STAGE_2[arm], checkpoint=str(job.work_dir / "ge"))
         for arm, stage in stages.items():
             metrics |= {f"{arm}_{key}": value for key, value in stage.metrics.items()}
             if job.world.size > 1:  # the budget curve is drawn in one process: evaluate.py
@@ -204,19 +188,9 @@ def arms(stage_1: tuple[str, ...], stage_2: tuple[str, ...], config: str | None 
                 curves[arm]["timed_budgets"] = timed_budgets(str(job.work_dir / arm), job)
             middle = sum(found.artifacts["exit_mult_adds"][:: len(found.artifacts["exit_mult_adds"]) - 1]) / 2
             at = evaluate.accuracy_at(found.artifacts["budget_curve"], middle)
-            metrics[f"{arm}_budgeted_accuracy"] = {"last": at, "n": found.metrics["last_exit_accuracy"]["n"]}
-        main_stage = stages[stage_1[-1]]
-        seen = main_stage.scale["steps"] * main_stage.scale["batch"]
-        return Measured(
-            metrics,
-            config={arm: stage.config for arm, stage in stages.items()},
-            scale={**main_stage.scale, "fraction": min(1.0, seen / (0.99 * IMAGES_SEEN[main_stage.config["dataset"]]))},
-            data=main_stage.data,
-            numerics=main_stage.numerics,
-            curve=[{"stage": arm, **line} for arm, stage in stages.items() for line in stage.curve],
-            artifacts=curves,
-            weights_sha256=list(stages.values())[-1].weights_sha256,
-        )
+            metrics[f"{arm}_budgeted_accuracy"] = metric(at, found.metrics["last_exit_accuracy"]["n"])
+        share = share_of(IMAGES_SEEN[stages["ge"].config["dataset"]], stages["ge"])
+        return one_record(metrics, stages, stage_2[-1], share, curves)
 
     return measure
 

@@ -20,11 +20,13 @@ from common.checkpoints import Progress
 from common.cli import Job
 from common.datasets.classification import part
 from common.errors import UserError
-from common.metrics.accuracy import topk_correct
-from common.results.records import Measured
+from common.metrics.accuracy import accuracies, evaluating
+from common.results.records import Measured, metric
 
 from .distillation import sum_of_cross_entropies
 from .model import MSDNet
+
+SCRIPT = "msdnet_training.train"
 
 
 @dataclass
@@ -82,27 +84,21 @@ def learning_rate(config, epoch: int) -> float:
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
 
 
-@torch.inference_mode()
-def exit_accuracies(config, model, loader, world) -> list[float]:
-    """Top-1 accuracy of every exit in percent, over all ranks."""
-    was_training = model.training
-    model.eval()
-    right, seen = 0, torch.zeros((), device=world.device)
-    for x, y in loader.epoch(0):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
-            logits = model(x)
-        right = right + torch.stack([topk_correct(p.float(), y, (1,))[0] for p in logits])
-        seen += len(y)
-    model.train(was_training)
-    found = runtime.sum_over_ranks(torch.cat([right.float(), seen[None]]))
-    return (100 * found[:-1] / found[-1]).tolist()
+def exit_accuracies(config: Config, model, loader, world) -> dict[str, float]:
+    """`named` top-1 accuracies of all exits in percent, over all ranks."""
+    with evaluating(model, config.amp):
+        return named(accuracies(((torch.stack(model(x)), y) for x, y in loader.epoch(0)), world)[:, 0].tolist())
 
 
-def exit_metrics(accuracies: list[float], samples: int) -> dict[str, dict]:
-    """{"exit1_accuracy": ..., ..., "mean_accuracy": ...}; exits count from 1, as in the paper; `last_exit_accuracy` too."""
-    named = {f"exit{i}_accuracy": value for i, value in enumerate(accuracies, 1)}
-    named |= {"last_exit_accuracy": accuracies[-1], "mean_accuracy": sum(accuracies) / len(accuracies)}
-    return {name: {"last": value, "n": samples} for name, value in named.items()}
+def named(percent: list[float]) -> dict[str, float]:
+    """Of exits 1 .. k: {"exit1_accuracy": ..., "last_exit_accuracy": ..., "mean_accuracy": ...}."""
+    found = {f"exit{i}_accuracy": value for i, value in enumerate(percent, 1)}
+    return found | {"last_exit_accuracy": percent[-1], "mean_accuracy": sum(percent) / len(percent)}
+
+
+def exit_metrics(line: dict[str, float], samples: int) -> dict[str, dict]:
+    """The metrics of the accuracies in a line of the curve."""
+    return {name: metric(value, samples) for name, value in line.items() if name.endswith("_accuracy")}
 
 
 def run(config: Config, job: Job) -> Measured:
@@ -118,7 +114,7 @@ def run(config: Config, job: Job) -> Measured:
     forward = DistributedDataParallel(model) if job.world.size > 1 else model
     forward = forward if config.compile == "off" else torch.compile(forward, mode=config.compile)
 
-    identity = {"script": "msdnet_training.train", "seed": job.seed, "classes": train.classes}
+    identity = {"script": SCRIPT, "seed": job.seed, "classes": train.classes}
     progress = Progress(job, identity | dataclasses.asdict(config), model=model, optimiser=optimiser)
     per_epoch = len(train.loader)
     stop = runtime.StopFlag(job.world)
@@ -144,8 +140,7 @@ def run(config: Config, job: Job) -> Measured:
                 line["train_loss"] = round(runtime.require_finite(progress.loss_sum / per_epoch, progress.step, lr), 5)
                 if epoch + 1 == config.epochs or (config.test_every and (epoch + 1) % config.test_every == 0):
                     runtime.broadcast_from_main(model.buffers())
-                    accuracies = exit_accuracies(config, model, tests.loader, job.world)
-                    line |= {name: found["last"] for name, found in exit_metrics(accuracies, 0).items()}
+                    line |= exit_accuracies(config, model, tests.loader, job.world)
                 progress.log(f"train epoch {epoch + 1}/{config.epochs}", **line)
                 progress.save(lr)
             elif progress.step % config.save_every == 0:
@@ -154,10 +149,9 @@ def run(config: Config, job: Job) -> Measured:
                 progress.save(lr)
                 raise runtime.Stopped(f"training at step {progress.step} of {per_epoch * config.epochs}")
 
-    last = progress.curve[-1]
-    accuracies = [last[f"exit{i}_accuracy"] for i in range(1, config.exits + 1)]
+    metrics = exit_metrics(progress.curve[-1], tests.samples)
     return Measured(
-        metrics=exit_metrics(accuracies, tests.samples) | {"train_seconds": {"last": round(progress.seconds, 2)}},
+        metrics=metrics | {"train_seconds": metric(round(progress.seconds, 2))},
         config=dataclasses.asdict(config),
         scale={"epochs": config.epochs, "steps": progress.step, "batch": config.batch_size},
         data=train.digests | tests.digests,

@@ -20,6 +20,7 @@ from papers.infopro import (
     reconstruction_loss,
     resnet_cifar,
 )
+from papers.infopro.bench import infopro
 from papers.infopro.cost import auxiliary_mult_adds, empty_batch
 
 CUTS = ((1, 0), (2, 0), (2, 1))
@@ -252,19 +253,11 @@ def test_meter_counts_storages_once_and_agrees_with_a_forward_pass():
     assert memory.peak == saved_bytes(lambda: F.cross_entropy(model(x), y), model.parameters())
 
 
-def paper_model(name: str, K: int, equal_memory: bool, loss: str = "contrast") -> InfoPro:
-    """With all auxiliary nets, as the official code builds them whatever the lambdas."""
-    outputs = 128 if loss == "contrast" else 10
-    with torch.device("meta"):
-        net = network(name, 10)
-        cuts = cut_points(name, net, K, equal_memory)
-        return InfoPro(net, cuts, Decoder, lambda c: head("1c2f", c, outputs), (1, 1), (1, 1), loss)
-
-
 @pytest.mark.parametrize(("name", "K", "equal_memory"), [("r32", 8, False), ("r110", 2, True)])
 def test_overhead_by_hand(name, K, equal_memory):
     """Decoder and contrastive head after stage 1, 2, 3; test_scripts.py holds all official figures against `costs`."""
-    model = paper_model(name, K, equal_memory)
+    with torch.device("meta"):
+        model = infopro(name, K, equal_memory)
     each = [
         (c * 12 + 12 * 3) * 9 * 32**2 + c * min(2 * c, 64) * 9 * side**2 + min(2 * c, 64) * 128 + 128 * 128
         for c, side in ((16, 16), (32, 8), (64, 8))

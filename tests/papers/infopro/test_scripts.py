@@ -10,6 +10,7 @@ from common import cli, runtime
 from common.checkpoints import checkpoints
 from common.errors import UserError
 from common.metrics.compute import parameters
+from common.results import stages
 from common.results.claims import load_paper
 from papers.infopro import bench, evaluate, local, probe, reproduce, resnet_cifar, train
 
@@ -280,23 +281,29 @@ def test_full_configs_are_the_papers_recipe():
 
 
 def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(job, tmp_path, monkeypatch):
-    """The arms of the short tier, tiny; the others return the same of their own arms, so their names suffice."""
+    """The arms of the short tier and rows of R-32, tiny; the others return the same of their own arms, so names suffice."""
 
     def settings(config, folder, name, section, **changed):
         if section == "probe":
             return probe.Config(points=10, epochs=1, batch_size=20, **changed)
-        return tiny(**changed, network="r20", widths=(2, 2, 4), train_images=48, epochs=1)
+        changed = {key: value for key, value in changed.items() if key != "dataset"}
+        return tiny(**{"network": "r20", **changed}, widths=(2, 2, 4), train_images=48, epochs=1)
 
-    monkeypatch.setattr(reproduce, "load_config", settings)
-    arms = reproduce.TRAINED["c10-arms"]
-    found = set(arms.measure("short", job(tmp_path)).metrics)
-    of_one = {name.removeprefix("contrast_") for name in found if name.startswith("contrast_")}
+    monkeypatch.setattr(stages, "load_config", settings)
+    found = {}
+    for name in ("c10-arms", "c10-r32-k1", "c10-r32-k2", "c10-r32-k4"):
+        record = reproduce.TRAINED[name].measure("short", job(tmp_path / name))
+        found[name] = set(record.metrics)
+        assert 0 < record.scale["fraction"] < 1
+        assert {line["stage"] for line in record.curve} == set(record.config)
+    found["arms"] = found["c10-arms"]
+    of_one = {name.removeprefix("contrast_") for name in found["arms"] if name.startswith("contrast_")}
     for claim in load_paper(FOLDER).claims:
         if claim.run and claim.run.experiment in reproduce.TRAINED:
             mine = reproduce.TRAINED[claim.run.experiment].measure.arms
+            there = found.get(claim.run.experiment, {f"{arm}_{what}" for arm in mine for what in of_one})
             for name in {claim.metric.name, claim.against} - {None}:
-                assert any(name.startswith(f"{arm}_") for arm in mine), claim.id
-                assert name in found or name in {f"{arm}_{what}" for arm in mine for what in of_one}, claim.id
+                assert name in there, claim.id
 
 
 def test_official_numbers_that_need_no_training(job, tmp_path, monkeypatch):

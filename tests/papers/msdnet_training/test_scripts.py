@@ -10,6 +10,7 @@ import torch
 from common import cli, runtime
 from common.checkpoints import checkpoints
 from common.errors import UserError
+from common.results import stages
 from common.results.claims import load_paper
 from papers.msdnet_training import evaluate, finetune, reproduce, train
 
@@ -109,11 +110,10 @@ def test_budget_thresholds_come_from_the_held_out_images(stage_1, job, tmp_path)
     costs = found.artifacts["exit_mult_adds"]
     middle = (costs[0] + costs[-1]) / 2
     again = evaluate.run(evaluate.Config(str(stage_1), budget=middle), job(tmp_path / "b"))
-    model, config, _, _, _ = evaluate.trained_model(str(stage_1))
+    model, config, _ = evaluate.trained_model(str(stage_1))
     here = job(tmp_path)
     held, test = (
-        evaluate.all_logits(config, model, evaluate.part(config, here, which).loader, torch.device("cpu"))
-        for which in ("held_out", "test")
+        evaluate.all_logits(config, model, evaluate.part(config, here, which).loader) for which in ("held_out", "test")
     )
     assert len(held[0]) == 20
     chosen, _, cost = thresholds_for_budget(confidence(held[0]), costs, middle)
@@ -220,7 +220,7 @@ def test_every_claim_on_trained_networks_has_the_metric_its_experiment_returns(j
         changed = {key: value for key, value in changed.items() if key != "dataset"}
         return tiny(**changed, exits=5) if section == "train" else finetune.Config(**TINY_2 | changed)
 
-    monkeypatch.setattr(reproduce, "load_config", settings)
+    monkeypatch.setattr(stages, "load_config", settings)
     monkeypatch.setattr(reproduce, "timed_budgets", lambda checkpoint, job: timed.append(checkpoint) or [])
     found = {}
     for name in ("c10-arms", "c100"):
@@ -272,7 +272,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, settings, message, tmp_pa
 def test_budgets_out_of_range_and_thresholds_on_nothing_are_refused(stage_1, job, tmp_path):
     costs = evaluate.run(evaluate.Config(str(stage_1)), job(tmp_path / "e")).artifacts["exit_mult_adds"]
     for budget in (costs[0] - 1, costs[-1] + 1, 1e12):
-        with pytest.raises(UserError, match="budget: .* cannot be met: the first exit costs"):
+        with pytest.raises(UserError, match="^budget .* cannot be met: the first exit costs"):
             evaluate.run(evaluate.Config(str(stage_1), budget=budget), job(tmp_path / "b"))
     train.run(tiny(held_out=0), job(tmp_path / "all"))
     with pytest.raises(UserError, match="was trained with held_out=0: no image is left to choose thresholds on"):
