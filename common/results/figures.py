@@ -25,8 +25,11 @@ def save(figure, path: Path) -> None:
     print(path)
 
 
-def main(draw: Callable[[list[dict], Path], None], script: str, argv: list[str] | None = None) -> None:
-    """`python -m papers.<slug>.figures [--out DIR]`: `draw(the folder's sound records, DIR)`."""
+def main(draw: Callable[..., None], script: str, argv: list[str] | None = None, **files: str) -> None:
+    """`python -m papers.<slug>.figures [--out DIR]`: `draw(sound records, DIR)`, those of a GPU for themselves in DIR/cuda.
+
+    files: further flags that name a file, with their help; draw gets them as keywords, None where not given.
+    """
     folder = Path(script).parent
     parser = Parser(
         prog=f"python -m papers.{folder.name}.figures",
@@ -34,6 +37,12 @@ def main(draw: Callable[[list[dict], Path], None], script: str, argv: list[str] 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs") / folder.name / "figures", help="for the PNG files")
+    for flag, text in files.items():
+        parser.add_argument(f"--{flag}", type=Path, help=text)
     args = parser.parse_args(argv)
     with exit_codes():
-        draw([record for record in load_records(folder) if record["status"] == "ok"], args.out)
+        records = [record for record in load_records(folder) if record["status"] == "ok"]
+        for device, out in (("cpu", args.out), ("cuda", args.out / "cuda")):
+            mine = [record for record in records if record["hardware"]["device"] == device]
+            if mine or device == "cpu":
+                draw(mine, out, **{flag: getattr(args, flag) for flag in files})

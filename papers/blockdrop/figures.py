@@ -5,14 +5,13 @@ usage-<record>.png          share of the test images that keeps each block; mean
 skipping.png                time saved against multiply-adds saved by the engine
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records, name_of
+from common.results.records import name_of
 
-FOLDER = Path(__file__).parent
 ARMS = {
     "full": ("full network", "#888888"),
     "curriculum": ("after the curriculum", "#bab0ac"),
@@ -71,21 +70,18 @@ def draw_skipping(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/blockdrop/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        trained = [record for record in records if "learned_accuracy" in record["metrics"]]
-        for experiment in sorted({record["experiment"] for record in trained}):
-            mine = [record for record in trained if record["experiment"] == experiment]
-            draw_accuracy(mine, args.out / f"accuracy-{experiment}.png")
-            for record in mine:
-                draw_usage(record, args.out / f"usage-{name_of(record)}.png")
-        if skipping := [record for record in records if record["experiment"] == "skipping"]:
-            draw_skipping(skipping, args.out / "skipping.png")
+def draw(records: list[dict], out: Path) -> None:
+    trained = [record for record in records if "learned_accuracy" in record["metrics"]]
+    for experiment in sorted({record["experiment"] for record in trained}):
+        mine = [record for record in trained if record["experiment"] == experiment]
+        draw_accuracy(mine, out / f"accuracy-{experiment}.png")
+        for record in mine:
+            draw_usage(record, out / f"usage-{name_of(record)}.png")
+    if skipping := [record for record in records if record["experiment"] == "skipping"]:
+        draw_skipping(skipping, out / "skipping.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from common.cli import Job
 from common.metrics.compute import parameters
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import curriculum, evaluate, finetune, train
 from .bench import KEEPS, skipping_bench
@@ -144,6 +144,7 @@ SWEEP = {"learned": {}, "gamma_small": {"gamma": 0.3}, "gamma_large": {"gamma": 
 EXPERIMENTS = {
     "sizes": Experiment(sizes, ("quick",)),
     "skipping": Experiment(skipping, ("quick",)),
+    "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "arms": Experiment(stages(SWEEP, baselines=BASELINES), ("quick",)),
     "c10-arms": Experiment(stages(SWEEP, baselines=BASELINES), ("short",), {"short": ("cifar10",)}),
     "c10-r110": Experiment(stages({"learned": {}}), ("full",), C10),

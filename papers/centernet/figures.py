@@ -7,15 +7,13 @@ loss-<experiment>.png              training loss of the arms
 Detections are drawn by detect.py, from a checkpoint.
 """
 
-import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records
 
-FOLDER = Path(__file__).parent
 WAYS = {"pairs": ("pairs", "#e15759"), "triplets": ("triplets", "#4e79a7"), "oracle": ("true centres", "#59a14f")}
 ARMS = {
     "full": ("CenterNet", "#4e79a7"),
@@ -70,19 +68,16 @@ def draw_losses(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/centernet/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        trained = [record for record in records if "full_triplets_ap" in record["metrics"]]
-        for experiment in sorted({record["experiment"] for record in trained}):
-            mine = [record for record in trained if record["experiment"] == experiment]
-            draw_false_discovery(mine, args.out / f"false-discovery-{experiment}.png")
-            draw_arms(mine, args.out / f"ablation-{experiment}.png")
-            draw_losses(mine, args.out / f"loss-{experiment}.png")
+def draw(records: list[dict], out: Path) -> None:
+    trained = [record for record in records if "full_triplets_ap" in record["metrics"]]
+    for experiment in sorted({record["experiment"] for record in trained}):
+        mine = [record for record in trained if record["experiment"] == experiment]
+        draw_false_discovery(mine, out / f"false-discovery-{experiment}.png")
+        draw_arms(mine, out / f"ablation-{experiment}.png")
+        draw_losses(mine, out / f"loss-{experiment}.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

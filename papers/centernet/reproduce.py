@@ -29,7 +29,7 @@ IMAGES_SEEN = 480_000 * 48
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 def sizes(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: sizes, costs, targets, losses, decoding, equal forms."""
+    """Everything that needs no training: sizes, costs, targets, losses, decoding, equal forms."""
     found = {}
     with torch.device("meta"):
         image = torch.empty(1, 3, 511, 511)
@@ -49,7 +49,7 @@ def sizes(tier: str, job: Job) -> Measured:
 
 
 def toys() -> dict[str, float]:
-    """The card's hand examples."""
+    """Small examples worked out by hand."""
     side = torch.tensor(32.0, dtype=torch.double)
     found = {
         "radius_32": gaussian_radius(side, side),
@@ -160,7 +160,7 @@ EXPERIMENTS = {
     "pools": Experiment(pools, ("quick",)),
     "step": Experiment(step, ("quick",)),
     "kernels": Experiment(kernels, ("quick",)),
-    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
+    "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "digits": Experiment(arms({"full": FULL, "no_center_pooling": PLAIN_CENTER}), ("quick",)),
     "bccd": Experiment(arms(ABLATION), ("short",), {"short": ("bccd",)}),
     "coco-52": Experiment(arms({"full": FULL}, multi_scale=True), ("full",), COCO),

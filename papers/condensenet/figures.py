@@ -5,14 +5,12 @@ arms.png             test error of learned, static, random and dense 1x1 convolu
 speed.png            time of each form of CondenseNet-86 against its multiply-adds
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records
 
-FOLDER = Path(__file__).parent
 ARMS = {"learned": "#4e79a7", "static": "#f28e2b", "random": "#b07aa1", "dense": "#888888"}
 
 
@@ -64,21 +62,18 @@ def draw_speed(record: dict, path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/condensenet/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        trained = [record for record in records if "learned_test_error" in record["metrics"]]
-        for record in trained:
-            draw_loss(record, args.out / f"loss-{record['experiment']}-{record['tier']}-s{record['seed']}.png")
-        if trained:
-            draw_arms(trained, args.out / "arms.png")
-        for record in records:
-            if record["experiment"] == "speed" and record["seed"] == 0:
-                draw_speed(record, args.out / "speed.png")
+def draw(records: list[dict], out: Path) -> None:
+    trained = [record for record in records if "learned_test_error" in record["metrics"]]
+    for record in trained:
+        draw_loss(record, out / f"loss-{record['experiment']}-{record['tier']}-s{record['seed']}.png")
+    if trained:
+        draw_arms(trained, out / "arms.png")
+    for record in records:
+        if record["experiment"] == "speed" and record["seed"] == 0:
+            draw_speed(record, out / "speed.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

@@ -28,7 +28,7 @@ IMAGES_SEEN = {"cifar10": 300 * 50_000, "cifar100": 300 * 50_000, "cluttered_dig
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 def costs(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: counts of every network, conversion, densities."""
+    """Everything that needs no training: counts of every network, conversion, densities."""
     found = {}
     with torch.device("meta"):
         for depth in (50, 74, 86, 98, 110, 122, 182):
@@ -155,7 +155,7 @@ EXPERIMENTS = {
     "costs": Experiment(costs, ("quick",)),
     "speed": Experiment(speed, ("quick",)),
     "kernels": Experiment(kernels, ("quick",)),
-    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
+    "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "arms": Experiment(arms, ("quick",)),
     "c10-arms": Experiment(arms, ("short",), {"short": ("cifar10",)}),
     **{

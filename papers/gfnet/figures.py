@@ -6,15 +6,14 @@ speed-<record>.png      budgeted prediction: accuracy against images a second of
 exits.png               time saved against multiply-adds saved by stopping early
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 from common import datasets
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records, name_of
+from common.results.records import name_of
 
-FOLDER = Path(__file__).parent
 ARMS = {
     "policy": ("crops of the policy", "#4e79a7"),
     "random": ("random crops", "#b07aa1"),
@@ -83,23 +82,19 @@ def draw_exits(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gfnet/figures"), help="folder for the PNG files")
-    parser.add_argument("--data", type=Path, default=datasets.data_root(), help="data root (crops on CIFAR-10 objects)")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        for record in records:
-            name = f"{name_of(record)}.png"
-            if "bigger_step1_accuracy" in record["metrics"]:
-                draw_anytime(record, args.out / f"anytime-{name}")
-                draw_speed(record, args.out / f"speed-{name}")
-                if record["seed"] == 0:
-                    draw_patches(record, args.data, args.out / f"patches-{name}")
-        if exits := [record for record in records if record["experiment"] == "exits"]:
-            draw_exits(exits, args.out / "exits.png")
+def draw(records: list[dict], out: Path) -> None:
+    if exits := [record for record in records if record["experiment"] == "exits"]:
+        draw_exits(exits, out / "exits.png")
+    trained = [record for record in records if "bigger_step1_accuracy" in record["metrics"]]
+    for record in trained:
+        draw_anytime(record, out / f"anytime-{name_of(record)}.png")
+        draw_speed(record, out / f"speed-{name_of(record)}.png")
+    for record in trained:  # last: these need the images, which may not be there
+        if record["seed"] == 0:
+            draw_patches(record, datasets.data_root(), out / f"patches-{name_of(record)}.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

@@ -4,15 +4,13 @@ arms.png      mAP of every arm on clean, shifted and occluded queries, mean and 
 pooling.png   time of horizontal pyramid pooling in slices, by adaptive pools, and in one pass
 """
 
-import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records
 
-FOLDER = Path(__file__).parent
 ARMS = {
     "global": "1",
     "two": "1, 2",
@@ -57,16 +55,15 @@ def draw_pooling(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/hpm/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        for experiment, draw in (("arms", draw_arms), ("speed", draw_pooling)):
-            if mine := [record for record in records if record["experiment"] == experiment]:
-                draw(mine, args.out / f"{'arms' if experiment == 'arms' else 'pooling'}.png")
+def draw(records: list[dict], out: Path) -> None:
+    of = {name: [record for record in records if record["experiment"] == name] for name in ("arms", "speed")}
+    if of["arms"]:
+        draw_arms(of["arms"], out / "arms.png")
+    if of["speed"]:
+        draw_pooling(of["speed"], out / "pooling.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

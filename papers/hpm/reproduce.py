@@ -58,7 +58,7 @@ def sizes(tier: str, job: Job) -> Measured:
 
 
 def toy_precisions() -> dict[str, float]:
-    """Both average precisions of the card's four rankings."""
+    """Both average precisions of four small rankings."""
     found = {}
     for flags in ("1010", "0101", "001", "110"):
         ids = torch.tensor([1 if flag == "1" else 2 for flag in flags])
@@ -205,7 +205,7 @@ EXPERIMENTS = {
     "cuhk03": protocol("-cuhk03", "cuhk03_np_detected"),
     "cuhk03-hre": protocol("-cuhk03-hre", "cuhk03_np_detected"),
     "kernels": Experiment(kernels, ("quick",)),
-    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
+    "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
 }
 
 if __name__ == "__main__":

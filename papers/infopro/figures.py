@@ -5,15 +5,13 @@ time.png               memory against time of a step: end to end, gradient check
 probes-<tier>.png      what every unit keeps of image and label, one line an arm (paper figure 3)
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records
 
-FOLDER = Path(__file__).parent
 ARMS = {
     "end_to_end": ("end to end", "#333333"),
     "greedy_k2": ("greedy, K = 2", "#e8a0a0"),
@@ -84,24 +82,18 @@ def draw_probes(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/infopro/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        found = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        found = [
-            record for record in found if record["hardware"]["device"] == "cpu"
-        ]  # those of a GPU are other evidence
-        of = {name: [r for r in found if r["experiment"] == name] for name in ("costs", "step", "arms", "c10-arms")}
-        tiers = {name: of[key] for name, key in (("digits", "arms"), ("CIFAR-10 subset", "c10-arms")) if of[key]}
-        if of["costs"] or tiers:
-            draw_memory(of["costs"][0] if of["costs"] else None, tiers, args.out / "memory.png")
-        if of["step"]:
-            draw_time(of["step"], args.out / "time.png")
-        for name, records in tiers.items():
-            draw_probes(records, args.out / f"probes-{name.split()[0].lower()}.png")
+def draw(records: list[dict], out: Path) -> None:
+    of = {name: [r for r in records if r["experiment"] == name] for name in ("costs", "step", "arms", "c10-arms")}
+    tiers = {name: of[key] for name, key in (("digits", "arms"), ("CIFAR-10 subset", "c10-arms")) if of[key]}
+    if of["costs"] or tiers:
+        draw_memory(of["costs"][0] if of["costs"] else None, tiers, out / "memory.png")
+    if of["step"]:
+        draw_time(of["step"], out / "time.png")
+    for name, mine in tiers.items():
+        draw_probes(mine, out / f"probes-{name.split()[0].lower()}.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ REPORTED_GB = {1: 9.40, 2: 5.38, 3: 4.22, 4: 3.52}  # of training R-110 at batch
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 def costs(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: sizes, memory for backward, overhead, and what must hold exactly."""
+    """Everything that needs no training: sizes, memory for backward, overhead, and what must hold exactly."""
     found = {}
     with torch.device("meta"):
         for name in ("r32", "r110"):

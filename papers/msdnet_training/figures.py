@@ -6,14 +6,13 @@ exits-that-exit-*.png   time saved against multiply-adds saved by leaving early
 gradients.png           norm of the first block's gradient against the number of exits (paper figure 3)
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records, name_of
+from common.results.records import name_of
 
-FOLDER = Path(__file__).parent
 ARMS = {
     "sum": ("plain sum", "#888888"),
     "last": ("GE, last scale", "#b07aa1"),
@@ -79,23 +78,19 @@ def draw_gradients(records: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path("runs/msdnet_training/figures")
-    parser.add_argument("--out", type=Path, default=folder, help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        records = [record for record in load_records(FOLDER) if record["status"] == "ok"]
-        for record in records:
-            name = f"{name_of(record)}.png"
-            if "imta_mean_accuracy" in record["metrics"]:
-                draw_anytime(record, args.out / f"anytime-{name}")
-                draw_budgeted(record, args.out / f"budgeted-{name}")
-            if record["experiment"] == "exits-that-exit" and record["seed"] == 0:
-                draw_exits(record, args.out / name)
-        if mechanism := [record for record in records if record["experiment"] == "mechanism"]:
-            draw_gradients(mechanism, args.out / "gradients.png")
+def draw(records: list[dict], out: Path) -> None:
+    for record in records:
+        name = f"{name_of(record)}.png"
+        if "imta_mean_accuracy" in record["metrics"]:
+            draw_anytime(record, out / f"anytime-{name}")
+            draw_budgeted(record, out / f"budgeted-{name}")
+        if record["experiment"] == "exits-that-exit" and record["seed"] == 0:
+            draw_exits(record, out / name)
+    if mechanism := [record for record in records if record["experiment"] == "mechanism"]:
+        draw_gradients(mechanism, out / "gradients.png")
 
+
+main = partial(figures.main, draw, __file__)
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,7 @@ IMAGES_SEEN = {"cifar10": 300 * 45_000, "cifar100": 300 * 45_000, "cluttered_dig
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 def costs(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: sizes, costs of every exit, gradient scales, loss identities."""
+    """Everything that needs no training: sizes, costs of every exit, gradient scales, loss identities."""
     found = {}
     networks = {
         "imagenet4": (msdnet_imagenet, {"step": 4}, 224),

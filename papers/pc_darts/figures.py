@@ -7,17 +7,15 @@
 One genotype of your own: python -m papers.pc_darts.figures --genotype runs/pc_darts/search-quick-s0/genotype.json
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
-from common.cli import exit_codes
 from common.errors import UserError
+from common.results import figures
 from common.results.figures import plt, save
-from common.results.records import load_records
 
 from .genotypes import PUBLISHED, Genotype
 
-FOLDER = Path(__file__).parent
 COLOURS = {
     "max_pool": "#b07aa1",
     "avg_pool": "#9c755f",
@@ -105,25 +103,21 @@ def searched_genotypes(records: list[dict]) -> dict[str, Genotype]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--genotype", type=Path, help="draw only this genotype.json")
-    parser.add_argument("--out", type=Path, default=Path("runs/pc_darts/figures"), help="folder for the PNG files")
-    args = parser.parse_args(argv)
-    with exit_codes():
-        if args.genotype:
-            try:
-                genotype = Genotype.from_json(args.genotype.read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"{args.genotype}: {error}") from None
-            draw_genotype(genotype, args.genotype.parent.name, args.out / f"cells-{args.genotype.parent.name}.png")
-            return
-        records = load_records(FOLDER)
-        for name, genotype in (PUBLISHED | searched_genotypes(records)).items():
-            draw_genotype(genotype, name, args.out / f"cells-{name}.png")
-        draw_search(records, args.out / "search.png")
-        draw_memory(records, args.out / "memory.png")
+def draw(records: list[dict], out: Path, genotype: Path | None = None) -> None:
+    if genotype:
+        try:
+            found = Genotype.from_json(genotype.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{genotype}: {error}") from None
+        draw_genotype(found, genotype.parent.name, out / f"cells-{genotype.parent.name}.png")
+        return
+    for name, found in (PUBLISHED | searched_genotypes(records)).items():
+        draw_genotype(found, name, out / f"cells-{name}.png")
+    draw_search(records, out / "search.png")
+    draw_memory(records, out / "memory.png")
 
+
+main = partial(figures.main, draw, __file__, genotype="draw only this genotype.json")
 
 if __name__ == "__main__":
     main()

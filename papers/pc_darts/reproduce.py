@@ -33,7 +33,7 @@ IMAGES_SEEN = {
 
 # ------------------------------------------------------------------------------------------------ costs and properties
 def costs(tier: str, job: Job) -> Measured:
-    """Everything of the card that needs no training: counts, bytes kept for backward, the fast cell's exactness."""
+    """Everything that needs no training: counts, bytes kept for backward, the fast cell's exactness."""
     found = {"space_size": space_size()}
     networks = {
         "cifar_cell_c10": (NetworkCIFAR, 10, "PC_DARTS_cifar", 36, 20, 32),
@@ -200,7 +200,7 @@ EXPERIMENTS = {
     "costs": Experiment(costs, ("quick",)),
     "search-step": Experiment(search_step, ("quick",)),
     "kernels": Experiment(kernels, ("quick",)),
-    "kernel-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
+    "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "search-vs-random": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=1), ("quick",)),
     "c10-short": Experiment(lambda tier, job: search_vs_random(tier, job, randoms=2, k1=True), ("short",), CIFAR),
     "edge-repeat": Experiment(edge_repeat, ("short",), CIFAR),

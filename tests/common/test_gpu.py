@@ -118,7 +118,7 @@ def test_the_plan_begins_with_what_one_visit_is_for():
     """Every folder with kernels is tested, then timed, before anything else; and all of that fits into 25 minutes."""
     slugs = {path.parent.parent.name for path in claims.PAPERS.glob("*/kernels/__init__.py")}
     n = len(slugs)
-    assert [{s.paper for s in STEPS[:n]}, {s.experiment for s in STEPS[:n]}] == [slugs, {"kernel-tests"}]
+    assert [{s.paper for s in STEPS[:n]}, {s.experiment for s in STEPS[:n]}] == [slugs, {"gpu-tests"}]
     assert [{s.paper for s in STEPS[n : 2 * n]}, {s.experiment for s in STEPS[n : 2 * n]}] == [slugs, {"kernels"}]
     expected = gpu.forecast(STEPS, [""] * len(STEPS), 25 * 60 - gpu.KEPT)
     assert {o.status for o in expected if o.step.tier == "quick"} == {"to run"}

@@ -1,4 +1,4 @@
-"""CMC and mAP: the card's toy values, the naive loop, what junk and distractors may and may not change."""
+"""CMC and mAP: toy values by hand, the naive loop, what junk and distractors may and may not change."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Decoding: the card's example, peaks and pairs and centres against loops, soft-NMS against its definition, whole images."""
+"""Decoding: an example by hand, peaks and pairs and centres against loops, soft-NMS against its definition, whole images."""
 
 import math
 

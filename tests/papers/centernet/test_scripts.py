@@ -1,4 +1,4 @@
-"""The scripts: killed and resumed, on two ranks, on damaged and strange images, with bad input; the recipes of the card."""
+"""The scripts: killed and resumed, on two ranks, on damaged and strange images, with bad input; the paper's recipes."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Targets: the radius formulas, Gaussian maps by their definition, cells, offsets; the losses by the card's examples."""
+"""Targets: the radius formulas, Gaussian maps by their definition, cells, offsets; the losses by examples."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The network and its parts: counts of the card, head by head, erasing, the loss, what is refused."""
+"""The network and its parts: counts, head by head, erasing, the loss, what is refused."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def tiny(**changed) -> HPM:
     return HPM(small(16), 16, **{"identities": 7, "dim": 6, **changed})
 
 
-# ------------------------------------------------------------------------------------------------ the card's counts
+# ------------------------------------------------------------------------------------------------ counts
 @pytest.mark.parametrize(("identities", "total"), [(751, 34_263_872), (702, 34_075_712)])
 def test_parameters(identities, total):
     with torch.device("meta"):

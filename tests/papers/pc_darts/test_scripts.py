@@ -122,7 +122,7 @@ def test_learning_rates_by_hand():
 
 
 def test_full_configs_are_the_papers_recipe():
-    """The numbers of the card, one by one: README commands must be the paper's recipe."""
+    """The paper's numbers, one by one: README commands must be the paper's recipe."""
     folder = ROOT / "papers" / "pc_darts"
     expected = {
         ("full", "search"): {"C": 16, "layers": 8, "K": 4, "epochs": 50, "arch_start": 15, "batch_size": 256, "lr": 0.1,
