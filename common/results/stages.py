@@ -22,6 +22,11 @@ def run_stage(script, config: str, job: Job, stage: str, **changed) -> Measured:
     return script.run(load_config(script.Config, path.parent, config, path.stem, **changed), job.sub(stage))
 
 
+def by_stage(stages: dict[str, Measured]) -> dict[str, dict]:
+    """All metrics, each with its stage before its name."""
+    return {f"{stage}_{name}": values for stage, found in stages.items() for name, values in found.metrics.items()}
+
+
 def share_of(papers: int, *stages: Measured) -> float:
     """Training images that the stages saw, over those that the paper's own run saw; at most 1.
 

@@ -9,7 +9,7 @@ from common.cli import Job
 from common.metrics.compute import parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 
 from . import train
 from .bench import step_bench
@@ -34,8 +34,7 @@ def step(tier: str, job: Job) -> Measured:
 def arms(tier: str, job: Job) -> Measured:
     """One training an arm: same seed, schedule and data order."""
     stages = {arm: run_stage(train, tier_config(tier, job), job, arm, **changed) for arm, changed in ARMS.items()}
-    metrics = {f"{arm}_{key}": value for arm, found in stages.items() for key, value in found.metrics.items()}
-    return one_record(metrics, stages, "norm", share_of(IMAGES_SEEN, stages["norm"]))
+    return one_record(by_stage(stages), stages, "norm", share_of(IMAGES_SEEN, stages["norm"]))
 
 
 EXPERIMENTS = {

@@ -12,7 +12,7 @@ from common.cli import Job
 from common.metrics.compute import parameters
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import curriculum, evaluate, finetune, train
 from .bench import KEEPS, skipping_bench
@@ -125,7 +125,7 @@ def stages(arms: dict[str, dict], config: str | None = None, baselines: tuple[st
         done |= {arm: tuned(arm, **changed) for arm, changed in arms.items()}
         blocks = done[first].metrics["blocks"]["last"]
         done |= {policy: tuned(policy, policy=policy, blocks=blocks, **arms[first]) for policy in baselines}
-        metrics = {f"{stage}_{key}": value for stage, found in done.items() for key, value in found.metrics.items()}
+        metrics = by_stage(done)
         metrics["accuracy_loss"] = metric(metrics["full_accuracy"]["last"] - metrics[f"{first}_accuracy"]["last"])
         artifacts = {stage: found.artifacts for stage, found in done.items() if found.artifacts}
         if job.world.size == 1:  # what the policies are like: evaluate.py runs in one process

@@ -13,7 +13,7 @@ from common.cli import Job
 from common.metrics.compute import mult_adds, parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
-from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, gpu_tests, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, train
 from .bench import loading_bench, memory_bench, step_bench
@@ -131,16 +131,14 @@ def arms(
     """
 
     def measure(tier: str, job: Job) -> Measured:
-        done, metrics = {}, {}
+        done, tested = {}, {}
         for arm, changed in which.items():
             done[arm] = run_stage(train, config or tier_config(tier, job), job, arm, **changed)
-            metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
             if multi_scale:
-                tested = evaluate.Config(str(job.work_dir / arm), scales=(0.6, 1.0, 1.2, 1.5, 1.8), batch=1)
-                tested = evaluate.run(tested, job.sub(f"{arm}-multi-scale"))
-                metrics |= {f"{arm}_multi_scale_{key}": value for key, value in tested.metrics.items()}
+                settings = evaluate.Config(str(job.work_dir / arm), scales=(0.6, 1.0, 1.2, 1.5, 1.8), batch=1)
+                tested[f"{arm}_multi_scale"] = evaluate.run(settings, job.sub(f"{arm}-multi-scale"))
         first = next(iter(which))
-        return one_record(metrics, done, first, share_of(IMAGES_SEEN, done[first]))
+        return one_record(by_stage(done | tested), done, first, share_of(IMAGES_SEEN, done[first]))
 
     return measure
 

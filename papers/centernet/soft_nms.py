@@ -41,7 +41,8 @@ def soft_nms(
 
     corner_scores (B, N, 2) asks for merging, as the multi-scale test does: a picked box becomes the mean of itself and the boxes
     of its class still there, its first corner weighted by their first corners' scores and its second by their second's,
-    times (1 - decay)^weight_exponent.
+    times (1 - decay)^weight_exponent. Without any weight, or where its corners would cross (each is a mean of its own), it stays
+    as it is.
 
     The official loop lets a stale copy of the last box survive when a box is dropped, and when merging swaps boxes without
     their corner scores; neither is repeated here.
@@ -62,7 +63,10 @@ def soft_nms(
             own = torch.zeros_like(scores).scatter(1, at, 1.0)  # the picked box itself has weight 1
             weights = (own + (1 - decay) ** weight_exponent * near)[..., None] * corner_scores  # (B, N, 2)
             weights = weights.repeat_interleave(2, 2)
-            moved[:, i] = (weights * boxes).sum(1) / weights.sum(1)
+            total = weights.sum(1)
+            merged = (weights * boxes).sum(1) / torch.where(total > 0, total, 1)
+            sound = (total > 0).all(1) & (merged[:, :2] <= merged[:, 2:]).all(1)
+            moved[:, i] = torch.where(sound[:, None], merged, moved[:, i])
         scores = scores * decay
         scores = torch.where(near & (scores < floor), -1.0, scores).scatter(1, at, -1.0)
     return Kept(index, found, moved)

@@ -15,7 +15,7 @@ from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train, train_policy
 from .adaptive import budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
@@ -179,11 +179,6 @@ def at(job: Job, stage: str) -> str:
 
 def evaluated(job: Job, stage: str) -> Measured:
     return evaluate.run(evaluate.Config(at(job, stage)), job.sub(f"{stage}-evaluated"))
-
-
-def by_stage(found: dict[str, Measured]) -> dict[str, dict]:
-    """All metrics, each with its stage before its name."""
-    return {f"{stage}_{key}": value for stage, measured in found.items() for key, value in measured.metrics.items()}
 
 
 def canvas(tier: str, job: Job) -> Measured:

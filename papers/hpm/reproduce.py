@@ -12,7 +12,7 @@ from common.metrics.compute import mult_adds, parameters
 from common.metrics.retrieval import evaluate_distances
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import gpu_tests, one_record, run_stage, share_of
+from common.results.stages import by_stage, gpu_tests, one_record, run_stage, share_of
 
 from . import train
 from .bench import heads_bench, ranking_bench
@@ -161,10 +161,9 @@ KINDS = {  # of queries, and their gallery: the same people in the same pose, li
 
 def arms(tier: str, job: Job) -> Measured:
     """All arms on drawn people from the same seed; mAP (A, flip test, L2 norm) and Rank-1 for every kind of query."""
-    metrics, done = {}, {}
-    for arm, changed in ARMS.items():
-        done[arm] = run_stage(train, tier, job, arm, **changed)
-        metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
+    done = {arm: run_stage(train, tier, job, arm, **changed) for arm, changed in ARMS.items()}
+    metrics = by_stage(done)
+    for arm in ARMS:
         model, config, _ = trained_model(str(job.work_dir / arm))
         model = model.to(job.device)
 

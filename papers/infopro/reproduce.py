@@ -12,7 +12,7 @@ from common.cli import Job
 from common.metrics.compute import mult_adds, parameters, peak_memory
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 from common.runtime import select_device
 
 from . import evaluate, probe, train
@@ -194,18 +194,16 @@ def trainings(arms: dict[str, dict], config: str | None = None, probed: tuple[st
     """An experiment: one training an arm (its changed settings), all with the same start and data; those `probed` too."""
 
     def measure(tier: str, job: Job) -> Measured:
-        name, done, metrics, probes = config or tier_config(tier, job), {}, {}, {}
-        for arm, changed in arms.items():
-            done[arm] = run_stage(train, name, job, arm, **overrides, **changed)
-            metrics |= {f"{arm}_{key}": value for key, value in done[arm].metrics.items()}
+        name, probes = config or tier_config(tier, job), {}
+        done = {arm: run_stage(train, name, job, arm, **overrides, **changed) for arm, changed in arms.items()}
+        metrics = by_stage(done)
         if job.world.size == 1:  # evaluate.py and probe.py run in one process
             for arm in arms:
                 seen = evaluate.run(evaluate.Config(str(job.work_dir / arm)), job.sub(f"{arm}-evaluated")).metrics
                 metrics |= {f"{arm}_{key}": seen[key] for key in ("difference", "params", "end_to_end_params")}
             for arm in probed:
-                found = run_stage(probe, name, job, f"{arm}-probed", checkpoint=str(job.work_dir / arm))
-                metrics |= {f"{arm}_{key}": value for key, value in found.metrics.items()}
-                probes[arm] = found.artifacts
+                probes[arm] = run_stage(probe, name, job, f"{arm}-probed", checkpoint=str(job.work_dir / arm))
+            metrics |= by_stage(probes)
         if "greedy" in arms:  # how much of what greedy training loses do the others win back?
             for arm in arms:
                 gain = metrics["greedy_error"]["last"] - metrics[f"{arm}_error"]["last"]
@@ -213,7 +211,8 @@ def trainings(arms: dict[str, dict], config: str | None = None, probed: tuple[st
         first = next(iter(done))
         papers = IMAGES_SEEN[done[first].config["dataset"]]
         fraction = min(share_of(papers, found) for found in done.values())
-        return one_record(metrics, done, first, fraction, {"probes": probes} if probes else {})
+        artifacts = {"probes": {arm: found.artifacts for arm, found in probes.items()}} if probes else {}
+        return one_record(metrics, done, first, fraction, artifacts)
 
     measure.arms = tuple(arms)
     return measure

@@ -14,7 +14,7 @@ from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
-from common.results.stages import one_record, run_stage, share_of, tier_config
+from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train
 from .adaptive import confidence, exit_fractions, thresholds
@@ -173,15 +173,13 @@ def arms(stage_1: tuple[str, ...], stage_2: tuple[str, ...], config: str | None 
     """An experiment: the networks of stage 1 with the same weights and data order, then heads on that of `ge`."""
 
     def measure(tier: str, job: Job) -> Measured:
-        name, stages, metrics, curves = config or tier_config(tier, job), {}, {}, {}
+        name, stages, curves = config or tier_config(tier, job), {}, {}
         for arm in stage_1:
             stages[arm] = run_stage(train, name, job, arm, **STAGE_1[arm], **overrides)
         for arm in stage_2:
             stages[arm] = run_stage(finetune, name, job, arm, **STAGE_2[arm], checkpoint=str(job.work_dir / "ge"))
-        for arm, stage in stages.items():
-            metrics |= {f"{arm}_{key}": value for key, value in stage.metrics.items()}
-            if job.world.size > 1:  # the budget curve is drawn in one process: evaluate.py
-                continue
+        metrics = by_stage(stages)
+        for arm in stages if job.world.size == 1 else ():  # the budget curve is drawn in one process: evaluate.py
             found = evaluate.run(evaluate.Config(str(job.work_dir / arm)), job.sub(f"{arm}-evaluated"))
             curves[arm] = found.artifacts
             if arm in ("sum", "imta"):

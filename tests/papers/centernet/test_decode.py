@@ -186,11 +186,12 @@ def by_definition(boxes, scores, labels, corners=None, exponent=10.0):
                     if left[j] < 0.001:
                         del left[j]
             if corners:
-                box = [
+                merged = [
                     sum(w[k // 2] * m[k] for w, m in zip(weights, members, strict=True))
                     / sum(w[k // 2] for w in weights)
                     for k in range(4)
                 ]
+                box = merged if merged[0] <= merged[2] and merged[1] <= merged[3] else box
             found.append((score, i, box))
     return sorted(found, key=lambda row: -row[0])
 
@@ -216,6 +217,23 @@ def test_soft_nms_equals_class_by_class_to_the_end(merge):
             assert torch.allclose(
                 found.boxes[b][there], torch.tensor([box for _, _, box in expected], dtype=torch.double)
             )
+
+
+def test_merging_leaves_a_box_that_it_would_break():
+    """Corner scores of 0 have no mean; and a first corner drawn far to the right would pass the second."""
+    boxes = torch.tensor([[[0.0, 0, 9, 9], [8, 8, 60, 60]], [[0, 0, 50, 50], [30, 30, 52, 52]]])
+    scores, labels = torch.tensor([[0.9, 0.5]]).expand(2, -1), torch.zeros(2, 2).long()
+    corners = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1e-30, 1.0], [1.0, 1e-30]]])
+    found = soft_nms(boxes, scores, labels, corner_scores=corners, weight_exponent=0.0)
+    assert torch.equal(found.boxes[0, 0], boxes[0, 0])
+    assert found.boxes[1, 0].tolist() == [30, 30, 50, 50]
+    found = soft_nms(boxes[:1], scores[:1], labels[:1], corner_scores=torch.tensor([[[1e-30, 1], [1.0, 1e-30]]]),
+                     weight_exponent=0.0)  # fmt: skip
+    assert found.boxes[0, 0].tolist() == [8, 8, 9, 9]
+    boxes[0, 0] = torch.tensor([0, 0, 7.5, 7.5])  # one pixel is shared still, but its first corner would go to 8
+    found = soft_nms(boxes[:1], scores[:1], labels[:1], corner_scores=torch.tensor([[[1e-30, 1], [1.0, 1e-30]]]),
+                     weight_exponent=0.0)  # fmt: skip
+    assert torch.equal(found.boxes[0, 0], boxes[0, 0])
 
 
 def test_soft_nms_leaves_its_input_alone_and_takes_no_boxes():
