@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce results record data bench figures gpu test lint export new lock FORCE
 
-## PAPER=slug          a folder of papers/, e.g. pc_darts
+## PAPER=slug          a folder of papers/, e.g. pc_darts; for reproduce also all, one after the other
 ## TIER=quick          quick (no data, no GPU, minutes), short (real data, one GPU) or full (the paper's protocol)
 ## CLAIM=id            only this claim of papers/<slug>/paper.yaml
 ## SEEDS="0 1 2"       instead of seed 0 alone
@@ -36,7 +36,7 @@ papers := $(patsubst papers/%/__init__.py,%,$(wildcard papers/*/__init__.py))
 paper = $(call need,$1,PAPER,pc_darts)$(if $(wildcard papers/$(PAPER)/$2),,\
   $(error there is no papers/$(PAPER)/$2; the papers: $(papers)))
 asked = $(filter $1,$(MAKECMDGOALS))
-$(if $(call asked,reproduce),$(call paper,reproduce,paper.yaml))
+$(if $(call asked,reproduce),$(if $(filter all,$(PAPER)),,$(call paper,reproduce,paper.yaml)))
 $(if $(call asked,figures),$(call paper,figures,figures.py))
 $(if $(call asked,export),$(call paper,export,__init__.py)$(call need,export PAPER=$(PAPER),DEST,~/my_project))
 $(if $(call asked,new),$(call need,new,PAPER,my_paper))
@@ -53,8 +53,8 @@ help:  ## this text
 setup: $(READY)  ## create .venv and install the locked requirements
 
 reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= RESUME= DATA=]: run claims; ends in reported against reproduced
-	@$(PY) -m common.results.reproduce --paper $(PAPER) --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) \
-	  $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
+	@$(PY) -m common.results.$(if $(filter all,$(PAPER)),reproduce_all,reproduce --paper $(PAPER)) \
+	  --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
 
 results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results

@@ -169,6 +169,10 @@ def test_missing_variable_is_one_line(house, arguments, named):
             "-m common.results.reproduce --paper toy --tier short --claim c --seeds '0 1' --device cpu "
             "--data '/home/me/a b'",
         ),
+        (
+            "reproduce PAPER=all RESUME=never",
+            "-m common.results.reproduce_all --tier quick --device auto --resume never",
+        ),
         ("results", "-m common.results"),
         ("record RUN=runs/a", "-m common.results.record runs/a"),
         ("data DATASET=cifar10", "-m common.datasets cifar10"),

@@ -65,13 +65,18 @@ def counts(rows: list[tuple[claims.Claim, Verdict]]) -> str:
     return ", ".join(f"{tally[kind]} {kind}" for kind in order if tally[kind])
 
 
+def tally(rows: list[tuple[claims.Claim, Verdict]]) -> tuple[int, int, int, int]:
+    """How many claims held, did not, are scaled or open, were not run or are blocked."""
+    found = Counter(verdict.kind for _, verdict in rows)
+    groups = (HELD, FELL, ("scaled", "inconclusive"), ("not run", "blocked"))
+    return tuple(sum(found[kind] for kind in kinds) for kinds in groups)
+
+
 def summary_table(folders: list[Path]) -> str:
     lines = ["| paper | claims | held | did not | scaled or open | not run or blocked |", "|---|---|---|---|---|---|"]
     for folder in folders:
         paper, rows = judged(folder)
-        tally = Counter(verdict.kind for _, verdict in rows)
-        held, fell = sum(tally[k] for k in HELD), sum(tally[k] for k in FELL)
-        scaled, absent = tally["scaled"] + tally["inconclusive"], tally["not run"] + tally["blocked"]
+        held, fell, scaled, absent = tally(rows)
         lines.append(
             f"| [{paper.title.split(':')[0]}](papers/{paper.slug}) | {len(rows)} | {held} | {fell} | {scaled} "
             f"| {absent} |"
@@ -129,6 +134,11 @@ def terminal_table(rows: list[tuple[claims.Claim, Verdict]]) -> str:
     for claim, v in rows:
         unit = "" if claim.reported is None else f" {claim.metric.unit}"
         cells.append((claim.id, reported(claim) + unit, v.reproduced or "-", v.text))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    return aligned(cells)
+
+
+def aligned(cells: list[tuple[str, ...]]) -> str:
+    """Columns of text; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * min(sum(widths) + 6, 150), *lines[1:]])
+    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths) - 2, 150), *lines[1:]])
