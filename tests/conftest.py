@@ -14,8 +14,15 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENV.pop("PYTHONPATH", None)
 
 
+LONG = {"survives_kills", "torchrun", "passes_under_the_interpreter"}  # fixtures of tests that take 5 s or more
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped where there is no CUDA device, whatever selection was asked for."""
+    """Long tests come first: two workers that share what is left then end together.
+
+    Tests marked `gpu` are skipped where there is no CUDA device, whatever selection was asked for.
+    """
+    items.sort(key=lambda item: LONG.isdisjoint(item.fixturenames))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -11,7 +11,7 @@ import runpy
 import signal
 import sys
 
-import pydantic  # noqa: F401
+import pydantic.type_adapter  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
 import torchvision  # noqa: F401 - and torch._dynamo with it
