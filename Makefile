@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer, a POSIX shell, Linux or macOS on Apple silicon. Start with `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce results record data bench figures gpu test lint export new lock FORCE
+.PHONY: help setup reproduce results record data bench figures gpu test coverage lint export new lock FORCE
 
 ## PAPER=slug          a folder of papers/, e.g. pc_darts; for reproduce also all, one after the other
 ## TIER=quick          quick (no data, no GPU, minutes), short (real data, one GPU) or full (the paper's protocol)
@@ -79,6 +79,9 @@ gpu: $(READY)  ## the tests and kernel benchmarks that need a CUDA device
 
 test: $(READY)  ## the fast test suite (pytest -m slow trains for minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+coverage: $(READY)  ## lines of common/ that its tests do not reach
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term-missing tests/common tests/test_house.py
 
 lint: $(READY)  ## ruff check and ruff format --check
 	$(PY) -m ruff check .

@@ -181,6 +181,10 @@ def test_missing_variable_is_one_line(house, arguments, named):
         ("bench PAPER=toy DEVICE=cpu", "-m papers.toy.bench --device cpu"),
         ("figures PAPER=toy", "-m papers.toy.figures"),
         ("test", "-m pytest -n 2 --dist worksteal -m 'not slow and not gpu'"),
+        (
+            "coverage",
+            "-m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term-missing tests/common tests/test_house.py",
+        ),
         ("export PAPER=toy DEST=there", "-m common.results.export --paper toy --dest there"),
         ("new PAPER=mine", "-m common.results.new mine"),
     ],

@@ -132,6 +132,24 @@ def test_common_imports_no_paper():
         assert not {n for n in imported(path) if n.split(".")[0] == "papers"}, path
 
 
+def test_every_module_compiles_and_imports_without_a_warning_of_what_will_go(python):
+    """In a process where nothing of ours is imported yet; what runs, pyproject.toml's filterwarnings watch."""
+    files = [p.relative_to(ROOT) for part in ("common", "papers") for p in sorted((ROOT / part).rglob("*.py"))]
+    names = [".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in files if p.name != "__main__.py"]
+    code = f"""
+import importlib, warnings
+for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning):
+    warnings.simplefilter("error", category)
+for path in {[str(p) for p in files]}:
+    compile(open(path).read(), path, "exec")
+for name in {names}:
+    importlib.import_module(name)
+print("quiet")
+"""
+    done = python(["-c", code], ROOT)
+    assert done.stdout.strip().endswith("quiet"), done.stderr[-2000:]
+
+
 def run_script(name: str, argv: list[str], capsys) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m name argv`, without the seconds a process takes to import torch."""
     module = import_module(name)
