@@ -14,7 +14,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENV.pop("PYTHONPATH", None)
 
 
-LONG = {"survives_kills", "torchrun", "passes_under_the_interpreter"}  # fixtures of tests that take 5 s or more
+LONG = {"python", "passes_under_the_interpreter"}  # what starts processes takes seconds, in some tests half a minute
 
 
 def pytest_collection_modifyitems(items):
