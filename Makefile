@@ -1,8 +1,8 @@
 # GNU make 3.81 or newer, a POSIX shell, Linux or macOS on Apple silicon. Start with `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce results site record data bench figures gpu test lint export new lock FORCE
+.PHONY: help setup reproduce results site record data bench figures gpu test coverage lint export new lock FORCE
 
-## PAPER=slug          a folder of papers/, e.g. pc_darts
+## PAPER=slug          a folder of papers/, e.g. pc_darts; for reproduce also all, one after the other
 ## TIER=quick          quick (no data, no GPU, minutes), short (real data, one GPU) or full (the paper's protocol)
 ## CLAIM=id            only this claim of papers/<slug>/paper.yaml
 ## SEEDS="0 1 2"       instead of seed 0 alone
@@ -40,7 +40,7 @@ papers := $(patsubst papers/%/__init__.py,%,$(wildcard papers/*/__init__.py))
 paper = $(call need,$1,PAPER,pc_darts)$(if $(wildcard papers/$(PAPER)/$2),,\
   $(error there is no papers/$(PAPER)/$2; the papers: $(papers)))
 asked = $(filter $1,$(MAKECMDGOALS))
-$(if $(call asked,reproduce),$(call paper,reproduce,paper.yaml))
+$(if $(call asked,reproduce),$(if $(filter all,$(PAPER)),,$(call paper,reproduce,paper.yaml)))
 $(if $(call asked,figures),$(call paper,figures,figures.py))
 $(if $(call asked,export),$(call paper,export,__init__.py)$(call need,export PAPER=$(PAPER),DEST,~/my_project))
 $(if $(call asked,new),$(call need,new,PAPER,my_paper))
@@ -58,8 +58,8 @@ help:  ## this text
 setup: $(READY)  ## create .venv and install the locked requirements
 
 reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= RESUME= DATA=]: run claims; ends in reported against reproduced
-	@$(PY) -m common.results.reproduce --paper $(PAPER) --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) \
-	  $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
+	@$(PY) -m common.results.$(if $(filter all,$(PAPER)),reproduce_all,reproduce --paper $(PAPER)) \
+	  --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
 
 results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results
@@ -84,6 +84,9 @@ gpu: $(READY)  ## [BUDGET= DATA= OUT=]: on a CUDA machine, the steps of papers/g
 
 test: $(READY)  ## the fast test suite (pytest -m slow trains for minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+coverage: $(READY)  ## lines of common/ that its tests do not reach
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term-missing tests/common tests/test_house.py
 
 lint: $(READY)  ## ruff check and ruff format --check
 	$(PY) -m ruff check .

@@ -22,6 +22,7 @@ from common import runtime
 from common.errors import UserError
 
 TIERS = ("quick", "short", "full")
+FastSafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML has it: a paper.yaml is long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def build_config(config_class: type, values: dict, where: str):
 
 def read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=FastSafeLoader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except yaml.YAMLError as error:

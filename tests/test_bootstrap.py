@@ -172,6 +172,10 @@ def test_missing_variable_is_one_line(house, arguments, named):
             "-m common.results.reproduce --paper toy --tier short --claim c --seeds '0 1' --device cpu "
             "--data '/home/me/a b'",
         ),
+        (
+            "reproduce PAPER=all RESUME=never",
+            "-m common.results.reproduce_all --tier quick --device auto --resume never",
+        ),
         ("results", "-m common.results"),
         ("site OUT='~/my site'", "-m common.results.site --out '/home/me/my site'"),
         ("record RUN=runs/a", "-m common.results.record runs/a"),
@@ -183,6 +187,10 @@ def test_missing_variable_is_one_line(house, arguments, named):
         ("gpu", "-m common.results.gpu --budget 25"),
         ("gpu BUDGET=7.5 DATA=d OUT='~/a b'", "-m common.results.gpu --budget 7.5 --data d --out '/home/me/a b'"),
         ("test", "-m pytest -n 2 --dist worksteal -m 'not slow and not gpu'"),
+        (
+            "coverage",
+            "-m pytest -n 2 -m 'not slow and not gpu' --cov --cov-report=term-missing tests/common tests/test_house.py",
+        ),
         ("export PAPER=toy DEST=there", "-m common.results.export --paper toy --dest there"),
         ("new PAPER=mine", "-m common.results.new mine"),
     ],

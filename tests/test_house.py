@@ -1,10 +1,8 @@
 """Rules that every folder of papers/ keeps, tried on each of them (and on papers/_template, which `make new` copies)."""
 
 import ast
-import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from importlib import import_module
@@ -69,7 +67,7 @@ def test_skeleton_is_complete(slug):
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_folder_travels_alone(slug, tmp_path):
+def test_folder_travels_alone(slug, tmp_path, python):
     """Copied to an empty directory, its README's example (forward and backward) runs without the repository."""
     shutil.copytree(ROOT / "papers" / slug, tmp_path / slug, ignore=shutil.ignore_patterns("__pycache__"))
     section = (tmp_path / slug / "README.md").read_text().split("## In your own project")[1]
@@ -77,10 +75,7 @@ def test_folder_travels_alone(slug, tmp_path):
     assert ".backward()" in code
     assert f"from {slug} import" in code
     code += "\nimport sys\nassert not [m for m in sys.modules if m.split('.')[0] in ('common', 'papers')]\nprint('travelled')"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = python(["-c", code], tmp_path)
     assert done.stdout.strip().endswith("travelled"), done.stderr[-2000:]
 
 
@@ -140,6 +135,24 @@ def test_common_imports_no_paper():
         assert not {n for n in imported(path) if n.split(".")[0] == "papers"}, path
 
 
+def test_every_module_compiles_and_imports_without_a_warning_of_what_will_go(python):
+    """In a process where nothing of ours is imported yet; what runs, pyproject.toml's filterwarnings watch."""
+    files = [p.relative_to(ROOT) for part in ("common", "papers") for p in sorted((ROOT / part).rglob("*.py"))]
+    names = [".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in files if p.name != "__main__.py"]
+    code = f"""
+import importlib, warnings
+for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning):
+    warnings.simplefilter("error", category)
+for path in {[str(p) for p in files]}:
+    compile(open(path).read(), path, "exec")
+for name in {names}:
+    importlib.import_module(name)
+print("quiet")
+"""
+    done = python(["-c", code], ROOT)
+    assert done.stdout.strip().endswith("quiet"), done.stderr[-2000:]
+
+
 def run_script(name: str, argv: list[str], capsys) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m name argv`, without the seconds a process takes to import torch."""
     module = import_module(name)
@@ -194,10 +207,8 @@ def test_reproduce_refuses_bad_flags(slug, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_paper_is_one_line_and_exit_code_2():
-    done = subprocess.run(
-        [sys.executable, "-m", "common.results.reproduce", "--paper", "nope"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_unknown_paper_is_one_line_and_exit_code_2(python):
+    done = python(["-m", "common.results.reproduce", "--paper", "nope"], ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no paper 'nope' here; there are: ")
     assert done.stderr.count("\n") == 1
@@ -209,7 +220,7 @@ def test_tables_regenerate_to_the_same_bytes():
 
 
 @pytest.mark.parametrize("slug", [s for s in SLUGS if s != "_template"])
-def test_export_takes_what_is_used_and_nothing_else(slug, tmp_path):
+def test_export_takes_what_is_used_and_nothing_else(slug, tmp_path, python):
     """Everything imports there; whether the quick tier runs there is the slow test's business."""
     files = export.export(slug, tmp_path / "out")
     names = {p.relative_to(tmp_path / "out").as_posix() for p in files}
@@ -218,16 +229,16 @@ def test_export_takes_what_is_used_and_nothing_else(slug, tmp_path):
     scripts = [m for m in SCRIPTS if m.split(".")[1] == slug]
     code = "; ".join(f"import {m}" for m in [*scripts, f"papers.{slug}.reproduce"])
     code += "; import common, sys; print(common.__file__)"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", env=env, capture_output=True, text=True)
+    done = python(["-c", code], tmp_path / "out")
     assert str(tmp_path) in done.stdout, done.stderr[-2000:]
     with pytest.raises(Exception, match="is not empty; name a new folder"):
         export.export(slug, tmp_path / "out")
 
 
-def test_new_folder_passes_the_house_tests(tmp_path):
-    """`make new` in a copy of the house, then this very file over the new folder."""
-    ignore = shutil.ignore_patterns("__pycache__", ".venv", "runs", "data", ".git", "pc_*", ".*cache")
+def test_new_folder_passes_the_house_tests(tmp_path, python):
+    """`make new` in a copy of the house with one paper more, then this very file over the new folder."""
+    others = [slug for slug in SLUGS if slug not in ("_template", "hpm")]
+    ignore = shutil.ignore_patterns("__pycache__", ".venv", "runs", "data", ".git", ".*cache", *others)
     house = tmp_path / "house"
     shutil.copytree(ROOT, house, ignore=ignore)
     new.new("fresh_paper", house)
@@ -248,6 +259,6 @@ def test_new_folder_passes_the_house_tests(tmp_path):
             "fresh_paper or tables or test_model",
         ],
     ):
-        done = subprocess.run([sys.executable, *command], cwd=house, capture_output=True, text=True, timeout=300)
+        done = python(command, house, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "fresh_paper" in (house / "RESULTS.md").read_text()

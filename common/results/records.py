@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -65,6 +66,7 @@ def code_digest(folder: Path, tier: str) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache  # every table asks for every tier's digest
 def _bare_code(source: str) -> str:
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):

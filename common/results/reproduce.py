@@ -14,7 +14,7 @@ from common import datasets
 from common.cli import Job, Parser, exit_codes, shared_flags
 from common.errors import UserError
 from common.results import claims, records, tables
-from common.runtime import select_device, set_up_world
+from common.runtime import World, select_device, set_up_world
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,28 @@ def chosen(
     return names
 
 
+def job_of(name: str, seed: int, root: Path, args: argparse.Namespace, world: World) -> Job:
+    """The run of one experiment with one seed; `root` is the paper's folder of runs."""
+    run = records.run_name(name, args.tier, world.device.type, seed)
+    return Job(seed, world, root / run, args.data, args.resume, args.deterministic)
+
+
 def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.Namespace) -> None:
     paper = claims.load_paper(folder)
     names = chosen(paper, experiments, args.tier, args.claim, select_device(args.device).type, args.experiment)
-    world = set_up_world(args.device)
+    world, root = set_up_world(args.device), args.work_dir or Path("runs") / paper.slug
     for name in dict.fromkeys(d for n in names for d in (experiments[n].data or {}).get(args.tier, ())):
         if world.is_main:
             datasets.prepare(name, args.data)
     found, started = [], time.perf_counter()
     for name in names:
         for seed in args.seeds:
-            run = records.run_name(name, args.tier, world.device.type, seed)
-            work_dir = (args.work_dir or Path("runs") / paper.slug) / run
-            job = Job(seed, world, work_dir, args.data, args.resume, args.deterministic)
-            record = records.reusable(work_dir, folder, job) if args.resume == "auto" else None
+            job = job_of(name, seed, root, args, world)
+            record = records.reusable(job.work_dir, folder, job) if args.resume == "auto" else None
             if record and world.is_main:
-                print(f"== {name}, seed {seed}: done before, in {work_dir} (RESUME=never runs it again)", flush=True)
+                print(
+                    f"== {name}, seed {seed}: done before, in {job.work_dir} (RESUME=never runs it again)", flush=True
+                )
             elif not record:
                 if world.is_main:
                     print(f"== {name}, seed {seed}, {job.device.type}", flush=True)
@@ -91,11 +97,13 @@ def reproduce(folder: Path, experiments: dict[str, Experiment], args: argparse.N
                 f"{len(rows) - len(shown)} of {len(rows)} claims were not measured here: RESULTS.md lists all, with "
                 "committed evidence."
             )
-        print(f"Records: {work_dir.parent}/*-{args.tier}-s*/record.json; make record RUN=... makes one evidence.")
+        print(f"Records: {root}/*-{args.tier}-s*/record.json; make record RUN=... makes one evidence.")
 
 
-def parse(argv: list[str] | None = None, prog: str | None = None, paper: bool = False) -> argparse.Namespace:
-    parser = Parser(prog=prog, description=__doc__)
+def parse(
+    argv: list[str] | None = None, prog: str | None = None, paper: bool = False, about: str = __doc__
+) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=about)
     if paper:
         parser.add_argument("--paper", required=True, help="slug of the paper: a folder of papers/")
     shared_flags(parser)

@@ -66,6 +66,20 @@ def test_unknown_device_and_missing_cuda():
         assert runtime.select_device("auto").type == "cpu"
 
 
+def test_deterministic_kernels_are_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "before")  # and put back as it was
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        runtime.seed_everything(0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+
+
 # ---------------------------------------------------------------------------------------------- stopping
 def test_stop_flag_sees_sigterm():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
@@ -117,6 +131,8 @@ def test_two_ranks_agree(tmp_path):
         assert torch.equal(grads[2], torch.arange(3.).double() * 1.5)
         assert grads[3].item() == 2.0
         assert runtime.sum_over_ranks(torch.tensor([rank + 1, 10])).tolist() == [3, 20]
+        rows = runtime.gather_rows(torch.full((2 - rank, 3), float(rank)))  # two rows, and one
+        assert rows[:, 0].tolist() == [0.0, 0.0, 1.0]
         weight = torch.nn.Parameter(torch.full((2,), float(rank + 5)))
         runtime.broadcast_from_main([weight])
         assert weight.tolist() == [5.0, 5.0]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from common.cli import Job
 from common.runtime import NotFinite, World
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HOUSE = {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def job():
 
 
 @pytest.fixture
-def survives_kills(tmp_path):
+def survives_kills(tmp_path, python):
     """A script run whole (2 epochs); killed at three random steps; asked to stop at the end of the first epoch and at a random
     step after; killed with its newest checkpoint cut short.
 
@@ -48,9 +49,8 @@ def survives_kills(tmp_path):
             {"name": "asked", "kills": [steps // 2, draw.randint(1, steps // 2 - 1)], "how": "SIGTERM", "set": extra},
             {"name": "cut", "kills": [2 * every + 1], "truncate": True, "set": extra},
         ]
-        command = [sys.executable, str(Path(__file__).with_name("killing.py")), script, str(tmp_path), settings]
-        command.append(json.dumps(plans))
-        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+        argv = [str(Path(__file__).with_name("killing.py")), script, str(tmp_path), settings, json.dumps(plans)]
+        done = python(argv, tmp_path, HOUSE, timeout=300)
         assert "RESULT" in done.stdout, done.stderr[-3000:]
         found = json.loads(done.stdout.split("RESULT")[1])
         assert found["killed"]["codes"] == [-9, -9, -9, 0], kills
@@ -72,8 +72,9 @@ def survives_kills(tmp_path):
 
 
 @pytest.fixture
-def torchrun(tmp_path):
-    """torchrun(code): runs it on two CPU ranks in tmp_path; returns its output, fails with its errors.
+def torchrun(tmp_path, python):
+    """torchrun(code): runs it on two CPU ranks in tmp_path, as torchrun starts them; returns what they print, fails with
+    their errors. (That torchrun itself does, tests/common/test_runtime.py tries.)
 
     The code becomes the body of a function: a DDP module that outlived it would keep the process group at exit.
     """
@@ -81,12 +82,13 @@ def torchrun(tmp_path):
     def run(code: str) -> str:
         body = textwrap.indent(textwrap.dedent(code), "    ")
         (tmp_path / "ranks.py").write_text(f"def main():\n{body}\nmain()\n")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "ranks.py")]
-        done = subprocess.run(
-            [sys.executable, *launch], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            shared = {**HOUSE, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        done = python.together([str(tmp_path / "ranks.py")], tmp_path, ranks, timeout=200)
+        assert [rank.returncode for rank in done] == [0, 0], "".join(rank.stderr[-3000:] for rank in done)
+        return "".join(rank.stdout for rank in done)
 
     return run
 
@@ -123,7 +125,7 @@ def passes_under_the_interpreter():
     def run(path: Path) -> None:
         pytest.importorskip("triton")
         command = [sys.executable, "-m", "pytest", str(path), "-m", "interpret", "-p", "no:cacheprovider"]
-        env = {**ENV, "TRITON_INTERPRET": "1"}
+        env = {**os.environ, **HOUSE, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "passed" in done.stdout

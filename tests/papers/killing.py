@@ -19,6 +19,7 @@ import torch._dynamo  # like scikit-learn, imported at first use: once here, not
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from common import cli, datasets
+from common.results import records
 
 
 def child(script, settings: list[str], work_dir: Path, changed: dict, die_after: int | None, how: str) -> None:
@@ -60,7 +61,8 @@ def main() -> None:
     script, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
     settings, plans = sys.argv[3].split(), json.loads(sys.argv[4])
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
-    datasets.load("cluttered_digits", "train", n=1)
+    datasets.load("cluttered_digits", "train", n=1)  # imports, and digests below: once here, not in every fork
+    records.code_digest(Path(script.__file__).parent, "quick")
     found = {}
     for plan in plans:
         work_dir, codes = folder / plan["name"], []
