@@ -84,13 +84,12 @@ def test_reproduce_refuses_a_blocked_claim_and_missing_data(tmp_path, monkeypatc
     folder = tmp_path / "toy"
     folder.mkdir()
     page = (claims.PAPERS / "_template" / "paper.yaml").read_text().replace("slug: _template", "slug: toy")
-    last = "    run: {experiment: digits, tier: quick, seeds: [0, 1, 2]}\n"
+    last = "    run: {experiment: arms, tier: quick, seeds: [0, 1, 2]}\n"
     (folder / "paper.yaml").write_text(page.replace(last, "    blocked: no licence\n"))
     data = {"quick": ("no_such_set",)}
-    main = partial(
-        reproduce.main, {"costs": reproduce.Experiment(None, ("quick",), data)}, str(folder / "reproduce.py")
-    )
-    assert "claim learns cannot be measured: no licence" in refused(capsys, main, "--claim", "learns")
+    experiments = dict.fromkeys(("costs", "step", "arms"), reproduce.Experiment(None, ("quick",), data))
+    main = partial(reproduce.main, experiments, str(folder / "reproduce.py"))
+    assert "claim idea-helps cannot be measured: no licence" in refused(capsys, main, "--claim", "idea-helps")
     assert "no_such_set" in refused(capsys, main, "--device", "cpu"), "before anything runs"
     assert not (tmp_path / "runs").exists()
 

@@ -16,8 +16,8 @@ from common.results.reproduce_all import START, Outcome, seconds_left
 from common.runtime import World, select_device
 
 METRICS = {
-    "costs": {"parameters": {"last": 10426}},  # matches
-    "digits": {"test_error": {"last": 95.0}, "chance": {"last": 90.0}},  # trend fails
+    "costs": {"parameters": {"last": 5466}, "shape_differences": {"last": 0}},  # both match
+    "arms": {"norm_test_error": {"last": 95.0}, "plain_test_error": {"last": 90.0}},  # trend fails, and one scaled
 }
 
 
@@ -32,9 +32,9 @@ def papers(tmp_path, monkeypatch):
             (folder / "results").mkdir(parents=True)
             page = (claims.PAPERS / "_template" / "paper.yaml").read_text()
             (folder / "paper.yaml").write_text(page.replace("slug: _template", f"slug: {slug}"))
-            for seed, (experiment, seconds) in enumerate((("costs", 10), ("digits", 90), ("digits", 1000))):
+            for seed, (experiment, seconds) in enumerate((("costs", 10), ("arms", 90), ("arms", 1000))):
                 record = made(folder, experiment, seed=max(seed - 1, 0)) | {"seconds": seconds}
-                (folder / "results" / records.file_name(record)).write_text(json.dumps(record))
+                (folder / "results" / f"{records.name_of(record)}.json").write_text(json.dumps(record))
             played[slug] = textwrap.dedent(code)
         return tmp_path / "papers"
 
@@ -85,9 +85,9 @@ def test_a_failing_paper_is_named_and_does_not_stop_the_others(papers, tmp_path,
     out = capsys.readouterr().out
     found = table(out)
     assert {slug: cells[:4] for slug, cells in found.items()} == {
-        "bad": ["1", "1", "0", "0"],
+        "bad": ["2", "2", "0", "0"],
         "crash": ["0", "0", "0", "0"],
-        "good": ["2", "1", "1", "0"],
+        "good": ["4", "2", "1", "1"],
     }
     assert found["bad"][5] == "exit 3: error: the disk is full"
     assert found["crash"][5] == "SIGKILL: last words"
@@ -113,7 +113,10 @@ def test_each_paper_is_its_own_module():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--claim", "learns"], "--claim and --experiment are of one paper"), (["--seeds", "one"], "expected whole numbers")],
+    [
+        (["--claim", "idea-helps"], "--claim and --experiment are of one paper"),
+        (["--seeds", "one"], "expected whole numbers"),
+    ],
 )
 def test_bad_flags_are_one_line_and_nothing_runs(papers, tmp_path, capsys, flags, message):
     assert run(papers(one="print('ran')"), *flags) == 2
@@ -146,7 +149,7 @@ def test_expectation_counts_seed_0_of_what_is_not_done(papers, tmp_path):
 
     assert expected() == START + 10 + 90
     assert expected("--seeds", "0 5") == START + 2 * (10 + 90)
-    leave(folder / "one", "digits", tmp_path / "runs")
+    leave(folder / "one", "arms", tmp_path / "runs")
     assert expected() == START + 10
     assert expected("--seeds", "0 5") == START + 10 + 10 + 90
     assert expected("--resume", "never") == START + 10 + 90

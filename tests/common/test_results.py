@@ -443,15 +443,15 @@ def test_what_needs_a_gpu_runs_on_one_alone():
 
 
 def test_one_experiment():
-    paper = claims.Paper.model_validate(changed("claims.0.run.device", "cuda"))
-    experiments = dict.fromkeys(("costs", "digits"), reproduce.Experiment(None, ("quick",)))
-    assert reproduce.chosen(paper, experiments, "quick", None, "cpu", "digits") == ["digits"]
-    assert reproduce.chosen(paper, experiments, "quick", None, "cuda", "costs") == ["costs"]
-    with pytest.raises(UserError, match="experiment costs is measured on cuda, this run is on cpu; set DEVICE"):
-        reproduce.chosen(paper, experiments, "quick", None, "cpu", "costs")
-    with pytest.raises(UserError, match="nothing to run for digits at tier full; try TIER=quick"):
-        reproduce.chosen(paper, experiments, "full", None, "cpu", "digits")
-    with pytest.raises(UserError, match="_template has no experiment 'none'; it has: costs, digits"):
+    paper = claims.Paper.model_validate(changed("claims.2.run.device", "cuda"))
+    experiments = dict.fromkeys(("costs", "step", "arms"), reproduce.Experiment(None, ("quick",)))
+    assert reproduce.chosen(paper, experiments, "quick", None, "cpu", "arms") == ["arms"]
+    assert reproduce.chosen(paper, experiments, "quick", None, "cuda", "step") == ["step"]
+    with pytest.raises(UserError, match="experiment step is measured on cuda, this run is on cpu; set DEVICE"):
+        reproduce.chosen(paper, experiments, "quick", None, "cpu", "step")
+    with pytest.raises(UserError, match="nothing to run for arms at tier full; try TIER=quick"):
+        reproduce.chosen(paper, experiments, "full", None, "cpu", "arms")
+    with pytest.raises(UserError, match="_template has no experiment 'none'; it has: costs, step, arms"):
         reproduce.chosen(paper, experiments, "quick", None, "cpu", "none")
 
 
