@@ -16,7 +16,8 @@ from common.results.stages import by_stage, gpu_tests, one_record, run_stage, sh
 
 from . import curriculum, evaluate, finetune, train
 from .bench import KEEPS, skipping_bench
-from .cost import costs, mult_adds
+from .cost import costs as costs_of
+from .cost import mult_adds
 from .model import resnet101, resnet_cifar
 from .policy import policy_cifar, policy_imagenet
 from .reinforce import bounded, curriculum_loss, greedy
@@ -28,7 +29,7 @@ IMAGES_SEEN = {"cifar10": 7000 * 50_000, "cifar100": 7000 * 50_000, "cluttered_d
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
-def sizes(tier: str, job: Job) -> Measured:
+def costs(tier: str, job: Job) -> Measured:
     """All claims that need no training: sizes, costs, equal forms of the network, the gradient estimator."""
     found = {}
     with torch.device("meta"):
@@ -38,7 +39,7 @@ def sizes(tier: str, job: Job) -> Measured:
             "r101": (resnet101(), policy_imagenet(33), 224),
         }
     for name, (model, policy_net, size) in networks.items():
-        cost = costs(model, policy_net, size)
+        cost = costs_of(model, policy_net, size)
         full = cost.fixed + sum(cost.blocks)
         found |= {
             f"{name}_params": parameters(model),
@@ -56,7 +57,7 @@ def sizes(tier: str, job: Job) -> Measured:
         found[f"{name}_affine_error"] = (
             mult_adds(cost, kept) + cost.blocks[len(kept) // 2] - full - cost.policy
         ).item()
-    r110, r101 = (costs(*networks[name]) for name in ("r110", "r101"))
+    r110, r101 = (costs_of(*networks[name]) for name in ("r110", "r101"))
     # Of the blocks that the README's runs keep, only their mean number is known; R-110: both strided ones among them.
     found["r110_readme_flops"] = 2 * (r110.fixed + r110.policy + 14.93 * r110.blocks[0] + 2 * r110.blocks[18])
     found["r101_readme_flops"] = 2 * (r101.fixed + r101.policy + 24.77 * r101.blocks[1])
@@ -142,7 +143,7 @@ BASELINES = ("random", "first", "spread", "static")
 C10, C100, IMAGENET = ({"full": (name,)} for name in ("cifar10", "cifar100", "imagenet"))
 SWEEP = {"learned": {}, "gamma_small": {"gamma": 0.3}, "gamma_large": {"gamma": 3.0}}
 EXPERIMENTS = {
-    "sizes": Experiment(sizes, ("quick",)),
+    "costs": Experiment(costs, ("quick",)),
     "skipping": Experiment(skipping, ("quick",)),
     "gpu-tests": Experiment(lambda tier, job: gpu_tests(__file__), ("quick",)),
     "arms": Experiment(stages(SWEEP, baselines=BASELINES), ("quick",)),

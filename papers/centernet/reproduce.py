@@ -28,7 +28,7 @@ IMAGES_SEEN = 480_000 * 48
 
 
 # ------------------------------------------------------------------------------------------------ costs and properties
-def sizes(tier: str, job: Job) -> Measured:
+def costs(tier: str, job: Job) -> Measured:
     """Everything that needs no training: sizes, costs, targets, losses, decoding, equal forms."""
     found = {}
     with torch.device("meta"):
@@ -154,7 +154,7 @@ ABLATION = {
 }
 COCO = {"full": ("coco",)}
 EXPERIMENTS = {
-    "sizes": Experiment(sizes, ("quick",)),
+    "costs": Experiment(costs, ("quick",)),
     "pools": Experiment(pools, ("quick",)),
     "step": Experiment(step, ("quick",)),
     "kernels": Experiment(kernels, ("quick",)),

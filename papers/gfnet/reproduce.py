@@ -45,7 +45,7 @@ NETWORKS = {  # encoder, P, T of the rows that paper.yaml has
 }
 
 
-def sizes(tier: str, job: Job) -> Measured:
+def costs(tier: str, job: Job) -> Measured:
     """All claims that need no training: sizes, cumulative costs, crops, identities of PPO."""
     found = {}
     for name, (kind, patch, steps) in NETWORKS.items():
@@ -240,7 +240,7 @@ def imagenet(config: str, budgets: tuple[str, ...], unit: float) -> Callable[[st
 
 IMAGENET = {"full": ("imagenet",)}
 EXPERIMENTS = {
-    "sizes": Experiment(sizes, ("quick",)),
+    "costs": Experiment(costs, ("quick",)),
     "exits": Experiment(exits, ("quick",)),
     "canvas": Experiment(canvas, ("quick",)),
     "objects": Experiment(canvas, ("short",), {"short": ("cifar10",)}),

@@ -38,7 +38,7 @@ class Logits(nn.Module):
         return self.model.head.logits(self.model.descriptor(images))
 
 
-def sizes(tier: str, job: Job) -> Measured:
+def costs(tier: str, job: Job) -> Measured:
     """Parameters, multiply-adds, shapes and initial deviations of the paper's network."""
     found = {}
     for identities in (751, 702):
@@ -193,7 +193,7 @@ def protocol(suffix: str, name: str, tiers: tuple[str, ...] = ("full",)) -> Expe
 
 
 EXPERIMENTS = {
-    "sizes": Experiment(sizes, ("quick",)),
+    "costs": Experiment(costs, ("quick",)),
     "checks": Experiment(checks, ("quick",)),
     "speed": Experiment(speed, ("quick",)),
     "arms": Experiment(arms, ("quick",)),

@@ -301,9 +301,9 @@ def test_learning_rate_falls_after_its_milestones():
 
 
 def test_counts_and_properties_are_as_claimed(job, tmp_path):
-    """The experiment `sizes` against its claims, by their own tolerances."""
-    metrics = reproduce.sizes("quick", job(tmp_path)).metrics
-    claims = [claim for claim in load_paper(FOLDER).claims if claim.run and claim.run.experiment == "sizes"]
+    """The experiment `costs` against its claims, by their own tolerances."""
+    metrics = reproduce.costs("quick", job(tmp_path)).metrics
+    claims = [claim for claim in load_paper(FOLDER).claims if claim.run and claim.run.experiment == "costs"]
     assert len(claims) > 20
     for claim in claims:
         value = metrics[claim.metric.name]["last"]

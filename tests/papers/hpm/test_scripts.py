@@ -313,7 +313,7 @@ def test_a_resume_with_other_settings_is_refused(trained, job, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- experiments
-@pytest.mark.parametrize("name", ["sizes", "checks"])
+@pytest.mark.parametrize("name", ["costs", "checks"])
 def test_exact_claims_hold(name, job, tmp_path):
     """Every claim of the experiment, by its own tolerance."""
     torch.manual_seed(0)
