@@ -125,6 +125,7 @@ class NotCovered(Part):
 
 class Paper(Part):
     slug: str
+    name: str  # what people call it, for tables
     title: str
     authors: str
     venue: str
@@ -133,6 +134,9 @@ class Paper(Part):
     datasets: dict[str, DatasetTerms]
     tiers: dict[Tier, TierNote]
     claims: list[Claim] = Field(min_length=1)
+    headline: dict[str, str] = Field(
+        min_length=1, max_length=3
+    )  # claim id -> what the paper stands for, in plain words
     deviations: list[Deviation] = []
     not_covered: list[NotCovered] = []
 
@@ -148,6 +152,9 @@ class Paper(Part):
     @model_validator(mode="after")
     def references(self):
         deviations = {deviation.id for deviation in self.deviations}
+        for claim_id in self.headline:
+            if claim_id not in {claim.id for claim in self.claims}:
+                raise ValueError(f"headline: no claim {claim_id!r}")
         for claim in self.claims:
             if claim.dataset.id not in self.datasets:
                 raise ValueError(f"claim {claim.id}: dataset {claim.dataset.id!r} is not under datasets")

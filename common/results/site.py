@@ -79,6 +79,7 @@ def make_row(paper: claims.Paper, claim: claims.Claim, verdict: Verdict, found: 
         tier = verdict.tier or claim.run.tier
         listed = " ".join(map(str, seeds))
         command = f'make reproduce PAPER={paper.slug} CLAIM={claim.id} TIER={tier} SEEDS="{listed}"'
+        command += f" DEVICE={claim.run.device}" if claim.run.device else ""
     return Row(
         paper=paper,
         claim=claim,
@@ -157,21 +158,20 @@ def make_figures(
             mine = [record for record in trained if (record["experiment"], record["tier"]) == (experiment, tier)]
             draw_curves(mine, out / f"curve-{experiment}-{tier}.png")
     descriptions, figures = described(folder), {}
-    for path in sorted(out.iterdir()):
+    for path in sorted(out.rglob("*.png")):
         matches = ((re.fullmatch(pattern, path.name), what) for pattern, what in descriptions.items())
         match, what = next((pair for pair in matches if pair[0]), (None, path.stem.replace("-", " ")))
         label = " ".join(match.groups()) if match else ""
         width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of the PNG's header
-        alt = f"{short(paper)}: {what}" + (f"; {label}" if label else "")
-        figures.setdefault(what, []).append(Figure(f"figures/{paper.slug}/{path.name}", alt, label, width, height))
+        if path.parent != out:
+            label = f"{label}, on a GPU".lstrip(", ")
+        alt = f"{paper.name}: {what}" + (f"; {label}" if label else "")
+        file = f"figures/{paper.slug}/{path.relative_to(out).as_posix()}"
+        figures.setdefault(what, []).append(Figure(file, alt, label, width, height))
     return figures, not complaint
 
 
 # ------------------------------------------------------------------------------------------------ pages
-def short(paper: claims.Paper) -> str:
-    return paper.title.split(":")[0]
-
-
 def counts(rows: list[Row]) -> str:
     return tables.counts([(row.claim, row.verdict) for row in rows])
 
@@ -184,7 +184,7 @@ def write_site(out: Path, papers: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"groups": tables.GROUPS, "short": short, "counts": counts}
+    environment.globals |= {"groups": tables.GROUPS, "counts": counts}
     environment.filters["number"] = number
 
     def page(name: str, template: str, **content) -> None:

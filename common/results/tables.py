@@ -17,7 +17,10 @@ GROUPS = {  # every kind of verdict, in the order of reading
 }
 
 
-def judged(folder: Path, found: list[dict] | None = None) -> tuple[claims.Paper, list[tuple[claims.Claim, Verdict]]]:
+Judged = tuple[claims.Paper, list[tuple[claims.Claim, Verdict]]]
+
+
+def judged(folder: Path, found: list[dict] | None = None) -> Judged:
     """The paper and a verdict for each of its claims, from `found` or else from the committed records."""
     paper = claims.load_paper(folder)
     found = records.load_records(folder) if found is None else found
@@ -49,7 +52,7 @@ def claim_table(rows: list[tuple[claims.Claim, Verdict]], folder_link: str = "")
             )
             shown += f"; {verdict.tier}, seeds {links}"
         cells = (f"`{claim.id}`", what, claim.dataset.id, reported(claim), shown or "-", verdict.text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(line(*cells))
     return "\n".join(lines)
 
 
@@ -63,26 +66,75 @@ def grouped(rows: list[tuple[claims.Claim, Verdict]]) -> dict[str, list[tuple[cl
     return {name: [row for row in rows if row[1].kind in kinds] for name, kinds in GROUPS.items()}
 
 
-def summary_table(folders: list[Path]) -> str:
-    lines = [f"| paper | claims | {' | '.join(GROUPS)} |", "|---|---|---|---|---|---|"]
-    for folder in folders:
-        paper, rows = judged(folder)
-        sizes = " | ".join(str(len(group)) for group in grouped(rows).values())
-        lines.append(f"| [{paper.title.split(':')[0]}](papers/{paper.slug}) | {len(rows)} | {sizes} |")
+def overview(papers: list[Judged]) -> str:
+    """What each paper stands for and what came of it; then how many claims of each sort came out how."""
+    lines = ["| paper | what it says | measured here | verdict |", "|---|---|---|---|"]
+    for paper, rows in papers:
+        of = {claim.id: verdict for claim, verdict in rows}
+        names = [link(paper)] + [""] * (len(paper.headline) - 1)
+        for name, (claim_id, says) in zip(names, paper.headline.items(), strict=True):
+            lines.append(line(name, says, of[claim_id].reproduced or "-", of[claim_id].text))
+    lines += ["", "| paper | exact checks | trends and ratios | the paper's own numbers |", "|---|---|---|---|"]
+    for paper, rows in papers:
+        sorts = (("cost", "property"), ("order", "ratio"), ("value",))
+        lines.append(
+            line(link(paper), *(counts([row for row in rows if row[0].kind in kinds]) or "-" for kinds in sorts))
+        )
     return "\n".join(lines)
 
 
-def results_page(folders: list[Path]) -> str:
+def link(paper: claims.Paper) -> str:
+    return f"[{paper.name}](papers/{paper.slug})"
+
+
+def line(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def nobody_ran(paper: claims.Paper, rows: list[tuple[claims.Claim, Verdict]]) -> str:
+    """How many claims have no evidence, by what would give it."""
+    ways = Counter()
+    for claim, verdict in rows:
+        if verdict.kind == "blocked":
+            ways["blocked: see there why"] += 1
+        elif verdict.kind == "not run":
+            tier = paper.tiers[claim.run.tier]
+            on_gpu = claim.run.tier == "quick" and claim.run.device == "cuda"
+            ways["by `make gpu`, minutes" if on_gpu else f"at tier {claim.run.tier} ({tier.device}; {tier.data})"] += 1
+    return ", ".join(f"**{count}** {way}" for way, count in ways.items())
+
+
+def results_page(papers: list[Judged]) -> str:
+    everything = [(paper, claim, verdict) for paper, rows in papers for claim, verdict in rows]
+    fell = [(paper, row) for paper, rows in papers for row in grouped(rows)["did not"]]
+    small = [claim for _, claim, verdict in everything if verdict.records and " of the paper's scale" in verdict.text]
     parts = [
         NOTE,
         "# Results",
         "",
-        "Reported against reproduced, claim by claim. Verdicts are computed (README, *How verdicts are computed*); "
-        "`mean ± std (n)` is over seeds, and each seed links to its record.",
+        f"{len(everything)} claims of {len(papers)} papers, reported against reproduced. Verdicts are computed (README, "
+        "*How verdicts are computed*); `mean ± std (n)` is over seeds, and each seed links to its record.",
         "",
+        "## In a minute",
+        "",
+        overview(papers),
+        "",
+        f"{len(small)} trends were measured at a fraction of the paper's training, which their verdict names: what holds "
+        "there may not hold at full length, and the reverse. The paper's own numbers need its full protocol.",
+        "",
+        "## What did not hold",
+        "",
+        "| paper | claim | what | reported | reproduced | verdict |",
+        "|---|---|---|---|---|---|",
     ]
-    for folder in folders:
-        paper, rows = judged(folder)
+    for paper, (claim, verdict) in fell:
+        cells = (f"`{claim.id}`", claim.what, reported(claim), verdict.reproduced, verdict.text)
+        parts.append(line(link(paper), *cells))
+    parts += ["", "## What nobody has run yet", ""]
+    parts += [f"- {link(paper)}: {nobody_ran(paper, rows)}." for paper, rows in papers]
+    parts.append("")
+    for paper, rows in papers:
         parts += [
             f"## [{paper.title}](papers/{paper.slug})",
             "",
@@ -108,10 +160,10 @@ def fill(path: Path, mark: str, content: str) -> str:
 def generated(root: Path = ROOT) -> dict[Path, str]:
     """Every generated file with the text it must have."""
     folders = [root / "papers" / slug for slug in claims.slugs(root / "papers")]
-    texts = {root / "RESULTS.md": results_page(folders)}
-    texts[root / "README.md"] = fill(root / "README.md", "results", summary_table(folders))
-    for folder in folders:
-        _, rows = judged(folder)
+    papers = [judged(folder) for folder in folders]
+    texts = {root / "RESULTS.md": results_page(papers)}
+    texts[root / "README.md"] = fill(root / "README.md", "results", overview(papers))
+    for folder, (_, rows) in zip(folders, papers, strict=True):
         texts[folder / "README.md"] = fill(folder / "README.md", "results", f"{counts(rows)}\n\n{claim_table(rows)}")
     return texts
 

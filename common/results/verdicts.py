@@ -4,10 +4,10 @@ matches        full protocol, |reproduced - reported| within the tolerance
 better         full protocol, better by more than the tolerance (look for a leak)
 within x       full protocol, worse by x: more than the tolerance, at most three times it
 below          full protocol, worse by more than that
-trend holds    order: the mean paired difference points the claimed way by more than its standard error
+trend holds    order: the mean paired difference points the claimed way by more than two of its standard errors
                ratio: the mean ratio reaches the claim's `at_least`
 trend fails    the opposite, by the same measure
-inconclusive   order only: the difference is inside its standard error
+inconclusive   order only: the difference is inside two standard errors
 scaled         a value measured at reduced scale: shown, never compared
 not run, blocked: why
 
@@ -141,9 +141,9 @@ def _compare(claim: Claim, values: list[float], used: list[dict], at_scale: bool
         kind = "trend holds" if mean >= claim.at_least else "trend fails"
         return kind, kind, f"{spread(values, 2)} x"
     if claim.kind == "order":
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        doubt = 2 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         gain = mean + claim.margin
-        kind = "trend holds" if gain > error else "trend fails" if gain < -error else "inconclusive"
+        kind = "trend holds" if gain > doubt else "trend fails" if gain < -doubt else "inconclusive"
         both = [
             statistics.fmean(r["metrics"][name][claim.metric.select] for r in used)
             for name in (claim.metric.name, claim.against)

@@ -2,7 +2,7 @@
 
 anytime-<record>.png    accuracy of every exit against its multiply-adds, one line an arm (paper figures 4 and 5)
 budgeted-<record>.png   budgeted prediction: accuracy against multiply-adds, and against milliseconds of the engine
-exits-that-exit-*.png   time saved against multiply-adds saved by leaving early
+exits-that-exit-<record>.png   time saved against multiply-adds saved by leaving early
 gradients.png           norm of the first block's gradient against the number of exits (paper figure 3)
 """
 

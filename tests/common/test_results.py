@@ -14,7 +14,7 @@ from common.cli import Job
 from common.errors import UserError
 from common.results import claims, record, records, reproduce, stages, tables
 from common.results.records import Measured
-from common.results.verdicts import judge, number, spread, tolerance
+from common.results.verdicts import Verdict, judge, number, spread, tolerance
 from common.runtime import World
 
 PAPER = yaml.safe_load((claims.PAPERS / "_template" / "paper.yaml").read_text())
@@ -50,6 +50,7 @@ def changed(path: str, value):
         ("slug", "other", "slug: is 'other', but the folder is"),
         ("typo", 1, "typo: Extra inputs are not permitted"),
         ("claims", [], "claims: List should have at least 1 item"),
+        ("headline", {"nothing": "x"}, "headline: no claim 'nothing'"),
         (
             "claims.3.kind",
             "vibe",
@@ -166,11 +167,13 @@ def test_own_tier_is_preferred_then_the_largest():
     assert verdict(claim(), runs(9.0, tier="short") + runs(8.0, tier="quick")).tier == "short"
 
 
-def test_order_needs_the_gain_to_exceed_its_standard_error():
+def test_order_needs_the_gain_to_exceed_two_standard_errors():
     c = claim("order", None, against="b")
     assert verdict(c, runs(1, 2, 3, b=[2, 3, 4])).kind == "trend holds"
     assert verdict(c, runs(2, 3, 4, b=[1, 2, 3])).kind == "trend fails"
     assert verdict(c, runs(1, 5, b=[3, 4])).kind == "inconclusive"  # gains 2, -1: 0.5 +- 1.5
+    assert verdict(c, runs(0, 0, b=[1, 2.9])).kind == "trend holds"  # 1.95 +- 0.95
+    assert verdict(c, runs(0, 0, b=[1, 3.1])).kind == "inconclusive"  # 2.05 +- 1.05
     assert verdict(c, runs(1, b=[2])).text == "trend holds (n=1)"
     assert verdict(c, runs(2, b=[2])).kind == "inconclusive"
     assert verdict(claim("order", None, against="b", margin=1.5), runs(2, 3, 4, b=[1, 2, 3])).kind == "trend holds"
@@ -417,6 +420,31 @@ def test_table_links_each_seed_to_its_record():
     assert "2.57" in line
     assert "matches" in line
     assert "2.550 ± 0.071 (n=2)" in tables.terminal_table(rows)
+
+
+def toy(kind: str, what: str, verdict_kind: str, **more):
+    c = claim(kind, **({"reported": None, "against": "b", "at_least": 2.0} if kind == "ratio" else {}), **more)
+    text = f"{verdict_kind} at 1 % of the paper's scale" if verdict_kind == "trend fails" else verdict_kind
+    shown = "1.50 x" if verdict_kind == "trend fails" else ""
+    return c.model_copy(update={"id": what, "what": what}), Verdict(verdict_kind, text, shown, "quick", ("e-quick-s0",))
+
+
+def test_the_overview_says_what_held_what_did_not_and_what_nobody_ran():
+    gpu = {"experiment": "e", "tier": "quick", "seeds": [0], "device": "cuda"}
+    paper = claims.Paper.model_validate(changed("headline", {"idea-helps": "It is | faster"}))
+    rows = [toy("ratio", "idea-helps", "trend fails"), toy("property", "b", "matches"), toy("value", "c", "not run"),
+            toy("ratio", "d", "not run", run=gpu), toy("value", "e", "blocked", run=None, blocked="no licence")]  # fmt: skip
+    page = tables.results_page([(paper, rows)])
+    top, fell, absent = page.split("## What did not hold")[0], page.split("## What")[1], page.split("## What")[2]
+    assert (
+        "| [Template](papers/_template) | It is \\| faster | 1.50 x | trend fails at 1 % of the paper's scale |" in top
+    )
+    assert "| [Template](papers/_template) | 1 matches | 1 trend fails, 1 not run | 1 not run, 1 blocked |" in top
+    assert "5 claims of 1 papers" in top
+    assert "1 trends were measured at a fraction" in top
+    assert [row.split(" | ")[1] for row in fell.splitlines() if row.startswith("| [")] == ["`idea-helps`"]
+    told = "**1** at tier full (one GPU; CIFAR-10), **1** by `make gpu`, minutes, **1** blocked: see there why."
+    assert f"- [Template](papers/_template): {told}" in absent
 
 
 # ---------------------------------------------------------------------------------------------- reproduce

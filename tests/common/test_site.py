@@ -1,5 +1,6 @@
 """The static pages: they show what tables.py computes, all of it, once; they need nothing but their own folder."""
 
+import html
 import importlib
 import json
 import re
@@ -113,9 +114,25 @@ def test_index_shows_all_papers_and_the_counts_of_the_summary(site):
     shown = [row for row in page.rows if row["table"] == "papers"][1:]
     for row, slug in zip(shown, SLUGS, strict=True):
         paper, rows = judged(claims.PAPERS / slug)
-        assert row["title"] == f"{paper.title.split(':')[0]} {paper.venue}"
+        assert row["title"] == f"{paper.name} {paper.venue}"
         groups = {name.replace(" ", "-"): str(len(mine)) for name, mine in tables.grouped(rows).items()}
         assert {name: row[name] for name in ("count", *groups)} == {"count": str(len(rows)), **groups}
+
+
+def test_index_begins_with_what_the_papers_stand_for(site):
+    """Words of paper.yaml, verdict and numbers of the claim, and a link to it."""
+    top = (site / "index.html").read_text().split('<dl class="headlines">')[1].split("</dl>")[0]
+    items = re.findall(r"<dd>(.+?)</dd>", top, re.S)
+    expected = []
+    for slug in SLUGS:
+        paper, rows = judged(claims.PAPERS / slug)
+        of = {claim.id: verdict for claim, verdict in rows}
+        expected += [(slug, claim_id, says, of[claim_id]) for claim_id, says in paper.headline.items()]
+    for item, (slug, claim_id, says, verdict) in zip(items, expected, strict=True):
+        assert f'href="{slug}.html#{claim_id}"' in item
+        assert html.escape(says) in item
+        assert f"</span> {verdict.kind}</span>" in item
+        assert verdict.reproduced in item
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -138,7 +155,8 @@ def test_commands_name_what_reproduce_runs(site, slug):
     for command in mine:
         args = reproduce.parse(["--tier", command["TIER"], "--claim", command["CLAIM"], "--seeds", command["SEEDS"]])
         claim = paper.claim(command["CLAIM"])
-        assert reproduce.chosen(paper, experiments, args.tier, args.claim) == [claim.run.experiment]
+        device = command.get("DEVICE", "cpu")
+        assert reproduce.chosen(paper, experiments, args.tier, args.claim, device) == [claim.run.experiment]
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -227,7 +245,7 @@ def test_figures_that_lack_data_are_named(tmp_path, monkeypatch, capsys):
     site_module.build(tmp_path / "out", papers)
     page = Page(tmp_path / "out" / "hpm.html")
     alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert "Horizontal Pyramid Matching for Person Re-identification: the one (of its kind)" in alts
+    assert "HPM: the one (of its kind)" in alts
     assert "make figures PAPER=hpm" in page.text
     assert "data/none is missing" in capsys.readouterr().out
 
