@@ -132,7 +132,8 @@ def results_page(papers: list[Judged]) -> str:
         cells = (f"`{claim.id}`", claim.what, reported(claim), verdict.reproduced, verdict.text)
         parts.append(line(link(paper), *cells))
     parts += ["", "## What nobody has run yet", ""]
-    parts += [f"- {link(paper)}: {nobody_ran(paper, rows)}." for paper, rows in papers]
+    absent = {link(paper): nobody_ran(paper, rows) for paper, rows in papers}
+    parts += [f"- {paper}: {told}." for paper, told in absent.items() if told]
     parts.append("")
     for paper, rows in papers:
         parts += [
