@@ -36,6 +36,7 @@ def papers(tmp_path, monkeypatch):
     paper, claim = copy.deepcopy(PAPER) | {"slug": "toy"}, PAPER["claims"][0]
     run = {"tier": "quick", "seeds": [0], "device": "cuda"}
     paper["claims"] = [claim | {"id": name, "run": {**run, "experiment": name}} for name in NAMES]
+    paper["headline"] = {NAMES[0]: "It is so"}
     folder = tmp_path / "papers" / "toy"
     (folder / "configs").mkdir(parents=True)
     (folder / "paper.yaml").write_text(yaml.safe_dump(paper))
