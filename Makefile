@@ -59,7 +59,8 @@ setup: $(READY)  ## create .venv and install the locked requirements
 
 reproduce: $(READY)  ## PAPER= [TIER= CLAIM= SEEDS= DEVICE= RESUME= DATA=]: run claims; ends in reported against reproduced
 	@$(PY) -m common.results.$(if $(filter all,$(PAPER)),reproduce_all,reproduce --paper $(PAPER)) \
-	  --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
+	  --tier $(TIER) $(if $(CLAIM),--claim $(CLAIM)) $(if $(SEEDS),--seeds "$(SEEDS)") --device $(DEVICE) \
+	  $(if $(RESUME),--resume $(RESUME)) $(if $(DATA),--data "$(DATA)")
 
 results: $(READY)  ## compute the verdicts and write all generated tables
 	@$(PY) -m common.results

@@ -22,7 +22,8 @@ from common import runtime
 from common.errors import UserError
 
 TIERS = ("quick", "short", "full")
-FastSafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML has it: a paper.yaml is long
+# Safe: plain values alone, no objects. In C where PyYAML has it, since a paper.yaml is long.
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def build_config(config_class: type, values: dict, where: str):
 
 def read_yaml(path: Path) -> dict:
     try:
-        content = yaml.load(path.read_text(), Loader=FastSafeLoader)
+        content = yaml.load(path.read_text(), Loader=SafeLoader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except yaml.YAMLError as error:

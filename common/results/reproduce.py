@@ -23,7 +23,7 @@ class Experiment:
 
     measure: Callable[[str, Job], records.Measured]
     tiers: tuple[str, ...]
-    data: dict[str, tuple[str, ...]] = None
+    data: dict[str, tuple[str, ...]] | None = None
 
 
 def chosen(

@@ -36,9 +36,12 @@ def share_of(papers: int, *stages: Measured) -> float:
     return min(1.0, seen / (0.97 * papers))
 
 
-def one_record(metrics: dict, stages: dict[str, Measured], main: str, fraction: float, artifacts: dict | None = None):
-    """What an experiment of these stages measured. Scale, numerics and weights are those of stage `main`; artifacts: by
-    stage, unless given.
+def one_record(
+    metrics: dict, stages: dict[str, Measured], main: str, fraction: float, artifacts: dict | None = None
+) -> Measured:
+    """What an experiment of these stages measured. Scale, numerics and weights are those of stage `main`.
+
+    fraction: of the paper's training, see `share_of`; artifacts: each stage's own, by its name, unless given.
     """
     whole = stages[main]
     if artifacts is None:
