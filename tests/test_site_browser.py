@@ -9,12 +9,15 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from common.results import claims, tables
 
 SLUGS = claims.slugs()
-VISIBLE = "return [...document.querySelectorAll('table.claims tbody tr')].filter((row) => !row.hidden)"
+SHOWN = """
+const done = arguments[0], rows = document.querySelectorAll("table.claims tbody tr");
+setTimeout(() => done([...rows].filter((row) => !row.hidden).map((row) => EACH)));  // after what a click put off
+"""
 
 
 @pytest.fixture(scope="session")
@@ -44,16 +47,25 @@ def visit(browser, site):
         ]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
-        browser.get((site / f"{name}.html").as_uri())
+        url = (site / f"{name}.html").as_uri()
+        browser.get("about:blank")  # so that what is complete below is the new page, not the last one
+        browser.get(url)  # on a busy machine this may come back before the whole page is read
+        loaded = "return [location.href, document.readyState]"
+        WebDriverWait(browser, timeout=60).until(lambda page: page.execute_script(loaded) == [url, "complete"])
         return browser
 
     yield go
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
+def shown_rows(page, each: str) -> list:
+    """A JavaScript expression of every `row` that is shown, from the top."""
+    return page.execute_async_script(SHOWN.replace("EACH", each))
+
+
 def column(page, name: str) -> list[str]:
     """The texts of a column's cells, of the rows that are shown, from the top."""
-    return page.execute_script(f"{VISIBLE}.map((row) => row.querySelector('.{name}').textContent.trim())")
+    return shown_rows(page, f"row.querySelector('.{name}').textContent.trim()")
 
 
 def sort_by(page, name: str):
@@ -102,17 +114,11 @@ def test_sorting_orders_numbers_as_numbers_and_keeps_every_row(visit):
 
 def test_filters_leave_exactly_the_right_rows(visit):
     page = visit()
-    every = [  # test_site.py holds these against tables.py
-        tuple(row)
-        for row in page.execute_script(
-            f"{VISIBLE}.map((r) => [r.dataset.paper, r.querySelector('.claim code').textContent, r.dataset.verdict])"
-        )
-    ]
+    identity = "row.dataset.paper, row.querySelector('.claim code').textContent"
+    every = shown_rows(page, f"[{identity}, row.dataset.verdict]")  # test_site.py holds these against tables.py
 
     def shown():
-        rows = page.execute_script(
-            f"{VISIBLE}.map((r) => [r.dataset.paper, r.querySelector('.claim code').textContent])"
-        )
+        rows = shown_rows(page, f"[{identity}]")
         count = page.find_element(By.CSS_SELECTOR, "form.filters output").text
         assert count == f"{len(rows)} of {len(every)} claims"
         return {tuple(row) for row in rows}

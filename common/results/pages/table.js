@@ -53,13 +53,13 @@ function filter() {
   header.append(button);
 });
 for (const event of ["input", "change"]) form.addEventListener(event, filter); // not every browser sends both
-form.addEventListener("reset", () => setTimeout(filter));
+form.addEventListener("reset", () => setTimeout(filter)); // the event comes before the reset itself
 form.addEventListener("submit", (event) => event.preventDefault());
 for (const link of document.querySelectorAll("a[data-show]")) {
   link.addEventListener("click", () => {
     form.reset();
     form.elements.verdict.value = link.dataset.show;
-    setTimeout(filter);
+    filter();
   });
 }
 form.hidden = false;
