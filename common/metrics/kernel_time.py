@@ -1,9 +1,12 @@
 """What every kernels/bench.py shares: calls timed in turns, the device's copy bandwidth, torch.compile where it works."""
 
+import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
+
+from common.cli import exit_codes
 
 
 def times_ms(
@@ -54,3 +57,18 @@ def compiled(fn: Callable, *inputs) -> dict[str, Callable]:
         print(f"compiled: left out, {type(error).__name__}: {str(error).splitlines()[0]}")
         return {}
     return {"compiled": made}
+
+
+def main(
+    bench: Callable[[str, bool], list[dict]],
+    table: Callable[[list[dict]], str],
+    description: str,
+    argv: list | None = None,
+) -> None:
+    """`python -m papers.<slug>.kernels.bench`: bench(device, quick) gives the rows, table(rows) the text that is printed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(argv)
+    with exit_codes():
+        print(table(bench(args.device, args.quick)))

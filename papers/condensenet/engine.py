@@ -30,9 +30,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .conversion import condense
+from .kernels import scale_shift
 from .layers import CondensedConv, CondensedLinear
 from .model import CondenseNet, DenseLayer
 
@@ -55,12 +56,6 @@ class FoldedLayer(NamedTuple):
     growth: int
 
 
-def scale_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """a and b, float64, of batch normalisation as a x + b."""
-    a = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return a, norm.bias.double() - a * norm.running_mean.double()
-
-
 def fold(a: Tensor, b: Tensor, weight: Tensor, index: Tensor | None = None, bias: Tensor | float = 0.0) -> Folded:
     """Folded form of bias (G, O/G, 1) + weight (G, O/G, R/C) @ ReLU(a x[index] + b); a, b float64."""
     # A scale too small for a x to change b, zero among them, makes a constant; t would not be finite.
@@ -78,14 +73,14 @@ def fold(a: Tensor, b: Tensor, weight: Tensor, index: Tensor | None = None, bias
 
 def fold_pointwise(conv: CondensedConv) -> Folded:
     weight = conv.conv.weight.view(conv.groups, conv.out_channels // conv.groups, -1)
-    return fold(*scale_shift(conv.norm), weight, conv.index)
+    return fold(*scale_shift(conv.norm, torch.float64), weight, conv.index)
 
 
 def fold_layer(layer: DenseLayer) -> FoldedLayer:
     pointwise, conv = fold_pointwise(layer.conv1), layer.conv3x3
     # Output o of group g is channel o G + g for the BN that follows.
     G, outputs, _ = pointwise.weight.shape
-    scale, shift = (v.view(outputs, G).T[:, :, None] for v in scale_shift(layer.norm2))
+    scale, shift = (v.view(outputs, G).T[:, :, None] for v in scale_shift(layer.norm2, torch.float64))
     weight, bias = (scale * pointwise.weight).float(), (scale * pointwise.bias + shift).float()
     k, inputs, G3 = conv.out_channels, conv.weight.shape[1], conv.groups
     rows = conv.weight.view(G3, k // G3, inputs, 3, 3).permute(3, 0, 4, 1, 2).reshape(3, G3, 3 * k // G3, inputs)
@@ -224,7 +219,7 @@ class FastCondenseNet:
         self.stem, self.stride = model.stem.weight, model.stem_stride
         self.blocks = [[fold_layer(layer) for layer in block] for block in model.blocks]
         self.transitions = [fold_pointwise(t[0]) if len(t) > 1 else None for t in model.transitions]
-        (a, b), index, linear = scale_shift(model.norm), None, model.classifier
+        (a, b), index, linear = scale_shift(model.norm, torch.float64), None, model.classifier
         if isinstance(linear, CondensedLinear):
             index, linear = linear.index, linear.linear
             a, b = a[index], b[index]

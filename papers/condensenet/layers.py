@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import condensed_conv, fold
+from .kernels import condensed_conv, scale_shift
 
 
 def stage_of(progress: float, condense_factor: int) -> int:
@@ -139,7 +139,7 @@ class CondensedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and not (self.training or torch.is_grad_enabled()):  # one pass over memory
-            return condensed_conv(x, self.index, *fold(self.norm), self.conv.weight, self.groups)
+            return condensed_conv(x, self.index, *scale_shift(self.norm), self.conv.weight, self.groups)
         x = F.relu(self.norm(x.index_select(1, self.index) if self.gathers else x), inplace=True)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)

@@ -1,6 +1,5 @@
 """Glance and Focus Networks (Wang et al., NeurIPS 2020): one look at the whole image, then small crops where it matters."""
 
-from .adaptive import budgeted, confidence, exit_fractions, exits_taken, thresholds, thresholds_for_budget
 from .cost import step_costs
 from .crop import crop
 from .encoders import Encoder, encoder
@@ -17,13 +16,9 @@ __all__ = [
     "Locator",
     "Policy",
     "Step",
-    "budgeted",
     "centre",
-    "confidence",
     "crop",
     "encoder",
-    "exit_fractions",
-    "exits_taken",
     "ppo_loss",
     "replay",
     "returns",
@@ -31,7 +26,5 @@ __all__ = [
     "sequence_loss",
     "standardised",
     "step_costs",
-    "thresholds",
-    "thresholds_for_budget",
     "uniform",
 ]

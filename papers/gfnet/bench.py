@@ -2,7 +2,7 @@
 
     python -m papers.gfnet.bench [--device auto|cpu|cuda] [--batch 256 32 1] [--rounds 5] [--encoder tiny mobilenet_v3_large]
 
-Random weights and images; thresholds chosen so that the steps are taken as p asks (adaptive.exit_fractions). The engine
+Random weights and images; thresholds chosen so that the steps are taken as p asks (early_exit.exit_fractions). The engine
 with thresholds takes turns with the engine without, which runs all T steps in the same folded weights, layout and chunks;
 a ratio is the median over rounds. `saving` is (1 - time) / (1 - multiply-adds): 1 where time falls as multiply-adds do.
 The glance's resize, the same for both, pulls it down, crops and a slow policy push it up: they cost time and few or no
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from common.cli import exit_codes
 from common.metrics.compute import latency
+from common.metrics.early_exit import confidence, exit_fractions, exits_taken, thresholds
 from common.metrics.kernel_time import copy_gb_per_s
 from common.runtime import select_device
 
-from .adaptive import confidence, exit_fractions, exits_taken, thresholds
 from .cost import step_costs
 from .crop import crop
 from .engine import CHUNK, GlanceFocusEngine

@@ -1,6 +1,6 @@
 """Inference that really stops: an image that is confident enough leaves the batch (section 3 of the paper).
 
-    engine = GlanceFocusEngine(model, policy, thresholds)  # thresholds of adaptive.py
+    engine = GlanceFocusEngine(model, policy, thresholds)  # thresholds of common/metrics/early_exit.py
     logits, steps = engine(images)
 
 Without thresholds all images take all T steps: the whole sequence in the same fast form, to compare with.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .adaptive import confidence
+from common.metrics.early_exit import confidence
+
 from .crop import crop
 from .encoders import Encoder
 from .model import GFNet
@@ -64,7 +65,9 @@ class GlanceFocusEngine:
             thresholds = torch.full((model.steps,), torch.inf)
         if thresholds.shape != (model.steps,) or thresholds.isnan().any():
             expected = f"one number for each of {model.steps} steps"
-            raise ValueError(f"thresholds {thresholds.tolist()}, expected {expected}: see adaptive.thresholds")
+            raise ValueError(
+                f"thresholds {thresholds.tolist()}, expected {expected}: see common.metrics.early_exit.thresholds"
+            )
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk}, expected at least 1")
         self.model, self.policy = for_inference(model), for_inference(policy)

@@ -20,10 +20,10 @@ from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
 from common.metrics.accuracy import evaluating
+from common.metrics.early_exit import anytime, budget_curve, budget_grid, budgeted, confidence, thresholds_for_budget
 from common.results.records import Measured, metric
 
 from . import finetune, train, train_policy
-from .adaptive import budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
 from .cost import step_costs
 from .places import Places, by_image, noted, places
 
@@ -65,15 +65,6 @@ def all_logits(config: train.Config, model, loader, crops: Places) -> tuple[Tens
     return torch.cat(logits), torch.cat(labels)
 
 
-def budget_curve(held_out: Tensor, logits: Tensor, labels: Tensor, costs: list[int]) -> list[dict]:
-    """Accuracy and mean cost on the test split for every p of the grid; thresholds from the held-out confidences."""
-    curve = []
-    for p in budget_grid().tolist():
-        found = budgeted(logits, labels, thresholds(held_out, exit_fractions(p, len(costs))), costs)
-        curve.append({"p": p, "mult_adds": round(found.cost), "accuracy": found.accuracy})
-    return curve
-
-
 def run(config: Config, job: Job) -> Measured:
     """Accuracy and cumulative cost of every step; the budget curve; with a budget, its thresholds and what they buy."""
     runtime.require_one_process(job.world, "evaluate.py")
@@ -101,12 +92,12 @@ def run(config: Config, job: Job) -> Measured:
     held_out = confidence(all_logits(settings, model, held.loader, crops["held_out"])[0])
     logits, labels = all_logits(settings, model, tests.loader, noted(crops["test"], found))
 
-    accuracies = (100 * (logits.argmax(-1) == labels[:, None]).double().mean(0)).tolist()
+    accuracies = anytime(logits, labels).tolist()
     label = logits.softmax(-1).gather(2, labels[:, None, None].expand(-1, len(costs), 1))[..., 0]  # p_t[y], (N, T)
     metrics = train.step_metrics(train.by_step(accuracies), tests.samples)
     metrics |= {f"step{t}_mult_adds": metric(cost) for t, cost in enumerate(costs, 1)}
     metrics |= {"mean_reward": metric((label[:, -1] - label[:, 0]).double().mean(), tests.samples)}
-    artifacts = {"budget_curve": budget_curve(held_out, logits, labels, costs), "step_mult_adds": costs}
+    artifacts = {"budget_curve": budget_curve(held_out, logits, labels, costs, budget_grid()), "step_mult_adds": costs}
     if settings.steps > 1:
         where = by_image(found, settings.steps).float().cpu()
         metrics |= {"spread": metric(where.std(0).mean(), tests.samples)}
@@ -115,7 +106,7 @@ def run(config: Config, job: Job) -> Measured:
         try:
             chosen, p, _ = thresholds_for_budget(held_out, costs, config.budget)
         except ValueError as error:
-            raise UserError(f"budget: {error}") from None
+            raise UserError(str(error)) from None
         bought = budgeted(logits, labels, chosen, costs)
         metrics |= {"budgeted_accuracy": metric(bought.accuracy, tests.samples)}
         metrics |= {"budgeted_mult_adds": metric(bought.cost)}

@@ -13,12 +13,19 @@ import torch
 from common.cli import Job, load_config
 from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
+from common.metrics.early_exit import (
+    accuracy_at,
+    budgeted,
+    confidence,
+    exit_fractions,
+    thresholds,
+    thresholds_for_budget,
+)
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
 from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train, train_policy
-from .adaptive import budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
 from .bench import BUDGETS, crop_bench, early_exit_bench
 from .classifiers import ConcatClassifier, RecurrentClassifier
 from .cost import step_costs
@@ -229,9 +236,8 @@ def imagenet(config: str, budgets: tuple[str, ...], unit: float) -> Callable[[st
             found = evaluated(job, "policy")
             metrics |= by_stage({"policy": found})
             artifacts = {"policy": found.artifacts}
-            curve = sorted((point["mult_adds"], point["accuracy"]) for point in found.artifacts["budget_curve"])
             for budget in budgets:
-                accuracy = np.interp(float(budget) * unit, *zip(*curve, strict=True))
+                accuracy = accuracy_at(found.artifacts["budget_curve"], float(budget) * unit)
                 metrics[f"budgeted_{budget}"] = metric(accuracy, found.metrics["last_step_accuracy"]["n"])
         return one_record(metrics, done, "policy", 1.0, artifacts)
 

@@ -1,6 +1,5 @@
 """Improved Techniques for Training Adaptive Deep Networks (Li et al., ICCV 2019): GE, ISC and OFA on MSDNet."""
 
-from .adaptive import budgeted, confidence, exit_fractions, exits_taken, thresholds, thresholds_for_budget
 from .collaboration import IMTA, CollaborativeHeads, LinearHeads
 from .cost import exit_costs
 from .distillation import one_for_all_loss, sum_of_cross_entropies
@@ -14,16 +13,10 @@ __all__ = [
     "CollaborativeHeads",
     "LinearHeads",
     "MSDNet",
-    "budgeted",
-    "confidence",
     "exit_costs",
-    "exit_fractions",
-    "exits_taken",
     "msdnet_cifar",
     "msdnet_imagenet",
     "one_for_all_loss",
     "scale_gradient",
     "sum_of_cross_entropies",
-    "thresholds",
-    "thresholds_for_budget",
 ]

@@ -3,7 +3,7 @@
     python -m papers.msdnet_training.bench [--device auto|cpu|cuda] [--batch 256 32 1] [--rounds 5]
 
 The CIFAR network of the budgeted setting (5 exits, lin_grow) with random weights; thresholds chosen so that the exits are
-taken as p asks (adaptive.exit_fractions). Both sides have the same folded weights, memory layout and chunks, and take
+taken as p asks (early_exit.exit_fractions). Both sides have the same folded weights, memory layout and chunks, and take
 turns; a ratio is the median over rounds. `saving` is (1 - time) / (1 - multiply-adds): 1 where time falls as they do.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from common.cli import exit_codes
 from common.metrics.compute import latency
+from common.metrics.early_exit import confidence, exit_fractions, expected_cost, thresholds
 from common.runtime import select_device
 
-from .adaptive import confidence, exit_fractions, expected_cost, thresholds
 from .cost import exit_costs
 from .engine import CHUNK, AdaptiveEngine, for_inference, in_chunks
 from .model import msdnet_cifar

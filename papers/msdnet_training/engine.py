@@ -1,6 +1,6 @@
 """Adaptive inference that really skips: a sample that is confident enough leaves the batch (section 3 of the paper).
 
-    engine = AdaptiveEngine(model, thresholds)  # thresholds of adaptive.py
+    engine = AdaptiveEngine(model, thresholds)  # thresholds of common/metrics/early_exit.py
     logits, exits = engine(images)
 
 `for_inference` makes the network itself fast and `in_chunks` runs it to the end: compare the engine with these.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .adaptive import confidence
+from common.metrics.early_exit import confidence
+
 from .model import Layer
 
 CHUNK = 32  # images at a time: on CPU the finest maps of a larger batch leave the cache between two layers
@@ -107,7 +108,9 @@ class AdaptiveEngine:
     def __init__(self, model: nn.Module, thresholds: Tensor, chunk: int = CHUNK):
         if thresholds.shape != (model.num_exits,) or thresholds.isnan().any():
             expected = f"one number for each of {model.num_exits} exits"
-            raise ValueError(f"thresholds {thresholds.tolist()}, expected {expected}: see adaptive.thresholds")
+            raise ValueError(
+                f"thresholds {thresholds.tolist()}, expected {expected}: see common.metrics.early_exit.thresholds"
+            )
         if chunk < 1:
             raise ValueError(f"chunk={chunk}, expected at least 1")
         self.model, self.thresholds, self.chunk = for_inference(model), thresholds.tolist(), chunk

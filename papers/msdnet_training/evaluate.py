@@ -9,7 +9,6 @@ Thresholds come from the held-out training images (without augmentation) and are
 import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +18,10 @@ from common.cli import Job, config_of
 from common.datasets.classification import part
 from common.errors import UserError
 from common.metrics.accuracy import evaluating
+from common.metrics.early_exit import anytime, budget_curve, budget_grid, budgeted, confidence, thresholds_for_budget
 from common.results.records import Measured, metric
 
 from . import finetune, train
-from .adaptive import anytime, budget_grid, budgeted, confidence, exit_fractions, thresholds, thresholds_for_budget
 from .collaboration import IMTA
 from .cost import exit_costs
 from .model import MSDNet
@@ -56,22 +55,6 @@ def all_logits(config: train.Config, model, loader) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def budget_curve(held_out: Tensor, logits: Tensor, labels: Tensor, costs: list[int]) -> list[dict]:
-    """Accuracy and mean cost on the test split for every p of the grid; thresholds from the held-out confidences."""
-    curve = []
-    for p in budget_grid().tolist():
-        chosen = thresholds(held_out, exit_fractions(p, len(costs)))
-        found = budgeted(logits, labels, chosen, costs)
-        curve.append({"p": p, "mult_adds": round(found.cost), "accuracy": found.accuracy})
-    return curve
-
-
-def accuracy_at(curve: list[dict], mult_adds: float) -> float:
-    """Linear interpolation of the budget curve; at its ends, the end's accuracy."""
-    points = sorted((point["mult_adds"], point["accuracy"]) for point in curve)
-    return float(np.interp(mult_adds, *zip(*points, strict=True)))
-
-
 def run(config: Config, job: Job) -> Measured:
     """Accuracy and cumulative cost of every exit; the budget curve; with a budget, its thresholds and what they buy."""
     runtime.require_one_process(job.world, "evaluate.py")
@@ -89,7 +72,7 @@ def run(config: Config, job: Job) -> Measured:
     model = model.to(job.device)
     held_out = confidence(all_logits(settings, model, held.loader)[0])
     logits, labels = all_logits(settings, model, tests.loader)
-    curve = budget_curve(held_out, logits, labels, costs)
+    curve = budget_curve(held_out, logits, labels, costs, budget_grid(40))  # up to 40/20, as in the official code
     metrics = train.exit_metrics(train.named(anytime(logits, labels).tolist()), tests.samples)
     metrics |= {f"exit{i}_mult_adds": metric(cost) for i, cost in enumerate(costs, 1)}
     artifacts = {"budget_curve": curve, "exit_mult_adds": costs}

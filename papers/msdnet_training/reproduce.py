@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from common.cli import Job
 from common.datasets.classification import part
 from common.metrics.compute import latency, parameters
+from common.metrics.early_exit import accuracy_at, confidence, exit_fractions, thresholds
 from common.results.records import Measured, metric
 from common.results.reproduce import Experiment, main
 from common.results.stages import by_stage, one_record, run_stage, share_of, tier_config
 
 from . import evaluate, finetune, train
-from .adaptive import confidence, exit_fractions, thresholds
 from .bench import BUDGETS, adaptive_bench
 from .collaboration import IMTA, CollaborativeHeads
 from .cost import exit_costs
@@ -185,7 +185,7 @@ def arms(stage_1: tuple[str, ...], stage_2: tuple[str, ...], config: str | None 
             if arm in ("sum", "imta"):
                 curves[arm]["timed_budgets"] = timed_budgets(str(job.work_dir / arm), job)
             middle = sum(found.artifacts["exit_mult_adds"][:: len(found.artifacts["exit_mult_adds"]) - 1]) / 2
-            at = evaluate.accuracy_at(found.artifacts["budget_curve"], middle)
+            at = accuracy_at(found.artifacts["budget_curve"], middle)
             metrics[f"{arm}_budgeted_accuracy"] = metric(at, found.metrics["last_exit_accuracy"]["n"])
         share = share_of(IMAGES_SEEN[stages["ge"].config["dataset"]], stages["ge"])
         return one_record(metrics, stages, stage_2[-1], share, curves)

@@ -100,6 +100,21 @@ def test_what_does_not_compile_is_left_out(monkeypatch, capsys):
     assert capsys.readouterr().out == "compiled: left out, RuntimeError: no compiler\n"
 
 
+def test_the_command_of_a_kernel_bench(capsys):
+    def bench(device, quick):
+        if device == "cuda" and not quick:
+            raise UserError("no CUDA device here")
+        return [{"device": device, "quick": quick}]
+
+    kernel_time.main(bench, str, "what it does", ["--quick"])
+    assert capsys.readouterr().out == "[{'device': 'cpu', 'quick': True}]\n"
+    for argv in (["--device", "cuda"], ["--device", "tpu"]):
+        with pytest.raises(SystemExit) as end:
+            kernel_time.main(bench, str, "what it does", argv)
+        assert end.value.code == 2
+    assert "error: no CUDA device here\n" in capsys.readouterr().err
+
+
 GPU_TESTS = """
 import pytest
 pytestmark = pytest.mark.gpu

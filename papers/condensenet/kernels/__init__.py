@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .reference import memory_format, reference
 
-__all__ = ["condensed_conv", "fold", "reference"]
+__all__ = ["condensed_conv", "reference", "scale_shift"]
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +18,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def condensed_conv(
     x: Tensor, index: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, groups: int, impl: str = "auto"
 ) -> Tensor:
-    """(N, R, H, W) -> (N, O, H, W), see `reference` for the definition and `fold` for scale and shift.
+    """(N, R, H, W) -> (N, O, H, W), see `reference` for the definition and `scale_shift` for scale and shift.
 
     index (G K,) int64; scale, shift (G K,) floating; weight (O, K) or, as a Conv2d has it, (O, K, 1, 1).
     impl: "auto" takes Triton for CUDA tensors of float32, bfloat16 or float16 when no gradient is wanted, and torch
@@ -40,10 +40,11 @@ def condensed_conv(
     return reference(x, index, scale, shift, weight, groups)
 
 
-def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (channels,), with norm(x) = x * scale + shift in eval mode."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
+def scale_shift(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,), with norm(x) = x * scale + shift in eval mode; in `dtype`, or the norm's own."""
+    weight, bias, mean, var = (v.to(dtype) for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    scale = weight * torch.rsqrt(var + norm.eps)
+    return scale, bias - mean * scale
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:

@@ -3,7 +3,6 @@
 python -m papers.hpm.kernels.bench [--device cuda] [--quick]
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -12,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.cli import exit_codes
-from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.metrics.kernel_time import compiled, copy_gb_per_s, main, times_ms
 from common.runtime import select_device
 
 from . import pyramid_pool, reference
@@ -104,9 +102,4 @@ def kernel_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    with exit_codes():
-        print(kernel_table(kernel_bench(args.device, args.quick)))
+    main(kernel_bench, kernel_table, __doc__)

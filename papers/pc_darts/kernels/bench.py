@@ -3,15 +3,13 @@
 python -m papers.pc_darts.kernels.bench [--device cuda] [--quick]
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from common.cli import exit_codes
-from common.metrics.kernel_time import compiled, copy_gb_per_s, times_ms
+from common.metrics.kernel_time import compiled, copy_gb_per_s, main, times_ms
 from common.runtime import select_device
 
 from . import mix_bypass_shuffle, reference
@@ -97,9 +95,4 @@ def kernel_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    with exit_codes():
-        print(kernel_table(kernel_bench(args.device, args.quick)))
+    main(kernel_bench, kernel_table, __doc__)

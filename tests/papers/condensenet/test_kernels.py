@@ -10,7 +10,7 @@ from torch import nn
 from common.errors import UserError
 from common.metrics.compute import mult_adds
 from papers.condensenet import CondensedConv
-from papers.condensenet.kernels import condensed_conv, fold, reference
+from papers.condensenet.kernels import condensed_conv, reference, scale_shift
 from papers.condensenet.kernels.bench import kernel_bench, kernel_table
 
 
@@ -57,7 +57,7 @@ def test_equals_the_layer_in_eval_mode(channels_last):
     x = torch.randn(2, 24, 5, 3, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    y = condensed_conv(x, layer.index, *fold(layer.norm), layer.conv.weight, 4)
+    y = condensed_conv(x, layer.index, *scale_shift(layer.norm), layer.conv.weight, 4)
     assert torch.allclose(y, layer(x), rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

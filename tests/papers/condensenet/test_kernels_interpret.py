@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 from papers.condensenet import LearnedGroupConv  # noqa: E402
-from papers.condensenet.kernels import condensed_conv, fold, reference  # noqa: E402
+from papers.condensenet.kernels import condensed_conv, reference, scale_shift  # noqa: E402
 
 SHAPES = [  # N, R, H, W, G, K, O/G
     (2, 16, 3, 5, 4, 4, 2),
@@ -131,7 +131,7 @@ def test_equals_the_masked_training_form(G, C):
     index = torch.cat(index)
     x = torch.randn(2, 32, 5, 5)
     with torch.no_grad():
-        scale, shift = fold(layer.norm)
+        scale, shift = scale_shift(layer.norm)
         y = condensed_conv(x, index, scale[index], shift[index], weight, G, impl="triton")
         assert (y - layer(x)).abs().max() < 1e-5
 

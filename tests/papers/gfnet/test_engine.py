@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from papers.gfnet.adaptive import confidence, exits_taken
+from common.metrics.early_exit import confidence, exits_taken
 from papers.gfnet.bench import (
     check,
     crop_bench,

@@ -245,7 +245,7 @@ def test_the_policy_finds_the_place_that_pays(trained, job, tmp_path, monkeypatc
 
 def test_budget_thresholds_come_from_the_held_out_images(trained, job, tmp_path):
     """By hand, from the logits of both sets."""
-    from papers.gfnet.adaptive import budgeted, confidence, thresholds_for_budget
+    from common.metrics.early_exit import budgeted, confidence, thresholds_for_budget
 
     name = str(trained[1])
     costs = evaluate.run(evaluate.Config(name), job(tmp_path / "a")).artifacts["step_mult_adds"]
@@ -268,7 +268,7 @@ def test_budget_thresholds_come_from_the_held_out_images(trained, job, tmp_path)
     assert again.metrics["budgeted_accuracy"] == {"last": expected.accuracy, "n": 40}
     assert again.metrics["budgeted_mult_adds"]["last"] == expected.cost
     for budget in (costs[0] - 1, costs[-1] + 1):
-        with pytest.raises(UserError, match="budget: .* cannot be met: the first step costs"):
+        with pytest.raises(UserError, match="budget .* cannot be met: the first exit costs"):
             evaluate.run(evaluate.Config(name, budget=budget), job(tmp_path / "c"))
 
 

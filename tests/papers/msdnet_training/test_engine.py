@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.metrics.early_exit import confidence, exit_fractions, exits_taken, thresholds
 from papers.msdnet_training import IMTA, CollaborativeHeads, MSDNet, msdnet_cifar
-from papers.msdnet_training.adaptive import confidence, exit_fractions, exits_taken, thresholds
 from papers.msdnet_training.engine import AdaptiveEngine, for_inference, in_chunks
 
 CIFAR = {"stem": "cifar", "channels": 4, "growth": 2, "growth_factor": (1, 2, 4), "bottleneck_factor": (1, 2, 4)}

@@ -104,7 +104,7 @@ def test_learns(job, tmp_path):
 
 def test_budget_thresholds_come_from_the_held_out_images(stage_1, job, tmp_path):
     """By hand, from the logits of both sets."""
-    from papers.msdnet_training.adaptive import budgeted, confidence, thresholds_for_budget
+    from common.metrics.early_exit import budgeted, confidence, thresholds_for_budget
 
     found = evaluate.run(evaluate.Config(str(stage_1)), job(tmp_path / "a"))
     costs = found.artifacts["exit_mult_adds"]
@@ -121,9 +121,6 @@ def test_budget_thresholds_come_from_the_held_out_images(stage_1, job, tmp_path)
     expected = budgeted(*test, chosen, costs)
     assert again.metrics["budgeted_accuracy"] == {"last": expected.accuracy, "n": 40}
     assert again.metrics["budgeted_mult_adds"]["last"] == expected.cost
-    points = [(p["mult_adds"], p["accuracy"]) for p in again.artifacts["budget_curve"]]
-    assert evaluate.accuracy_at(again.artifacts["budget_curve"], 0) == min(points)[1]
-    assert evaluate.accuracy_at([{"mult_adds": 0, "accuracy": 10}, {"mult_adds": 4, "accuracy": 30}], 1) == 15
 
 
 def test_timed_budgets_answer_as_the_thresholds_say(stage_1, job, tmp_path):

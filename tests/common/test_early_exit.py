@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from papers.msdnet_training.adaptive import (
+from common.metrics.early_exit import (
+    accuracy_at,
     anytime,
+    budget_curve,
     budget_grid,
     budgeted,
     confidence,
@@ -48,7 +50,7 @@ def test_thresholds_equal_the_search_one_by_one(N, k, levels):
     scores = torch.rand(N, k, dtype=torch.float64)
     if levels:
         scores = (scores * levels).floor() / levels
-    fractions = exit_fractions(torch.cat([budget_grid(), torch.tensor([1e-12, 1e12])]), k)
+    fractions = exit_fractions(torch.cat([budget_grid(40), torch.tensor([1e-12, 1e12])]), k)
     together = thresholds(scores, fractions)
     exits = exits_taken(scores, together)
     assert together.shape == (42, k)
@@ -79,9 +81,9 @@ def test_ties():
 
 @pytest.mark.parametrize("k", [1, 2, 5, 7])
 def test_fractions(k):
-    grid = budget_grid()
-    assert grid.shape == (40,)
-    assert (grid[0], grid[19], grid[-1]) == (0.05, 1, 2)
+    assert budget_grid().tolist() == [i / 20 for i in range(1, 40)]
+    grid = budget_grid(40)
+    assert (len(grid), grid[19], grid[-1]) == (40, 1, 2)
     for p in grid.tolist():
         q = exit_fractions(p, k)
         assert q.sum().item() == pytest.approx(1, abs=1e-12)
@@ -97,7 +99,7 @@ def test_expected_cost_grows_with_the_budget():
     """Without ties every exit takes its share to within a sample; p = 1 shares evenly."""
     torch.manual_seed(0)
     scores = torch.rand(1000, 5, dtype=torch.float64)
-    fractions = exit_fractions(budget_grid(), 5)
+    fractions = exit_fractions(budget_grid(40), 5)
     exits = exits_taken(scores, thresholds(scores, fractions))
     cost = expected_cost(exits, COSTS)
     assert ((cost >= COSTS[0]) & (cost <= COSTS[-1])).all()
@@ -128,6 +130,18 @@ def test_confidence_and_budgeted_prediction():
         alone[t] = -math.inf
         result = budgeted(logits, labels, alone, [1, 2, 4])
         assert (result.accuracy, result.cost) == (pytest.approx(accuracy.item()), [1, 2, 4][t])
+
+
+def test_budget_curve_and_reading_it():
+    """Thresholds of one set, budgets spent on another: a row for each p, as budgeted prediction gives it alone."""
+    torch.manual_seed(3)
+    held_out, logits, labels = torch.rand(40, 3), 3 * torch.randn(50, 3, 4), torch.randint(4, (50,))
+    grid = torch.tensor([0.5, 1.0, 3.0])
+    for point, p in zip(budget_curve(held_out, logits, labels, [10, 20, 40], grid), grid.tolist(), strict=True):
+        alone = budgeted(logits, labels, thresholds(held_out, exit_fractions(p, 3)), [10, 20, 40])
+        assert point == {"p": p, "mult_adds": round(alone.cost), "accuracy": alone.accuracy}
+    curve = [{"mult_adds": 4, "accuracy": 30}, {"mult_adds": 0, "accuracy": 10}, {"mult_adds": 6, "accuracy": 20}]
+    assert [accuracy_at(curve, at) for at in (-1, 0, 1, 4, 5, 9)] == [10, 10, 15, 30, 25, 20]
 
 
 def test_last_exit_takes_what_no_threshold_does():

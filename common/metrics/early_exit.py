@@ -1,14 +1,16 @@
-"""Which exit takes which sample: confidence, thresholds for a budget, and what that budget buys (section 3 of the paper).
+"""Anytime and budgeted prediction of networks with several exits: which exit takes which sample, and what a budget buys.
 
-A network with k exits gives logits (N, k, classes). A sample leaves at the first exit t whose confidence reaches the
-exit's threshold; thresholds are chosen on a held-out set and then applied to any other. All functions are pure.
-`thresholds` gives the numbers of the sample-by-sample search of the official code (kalviny/MSDNet-PyTorch @
-f654595270ce, adaptive_inference.py), for many budgets at once.
+The protocol of MSDNet (Huang et al., ICLR 2018, section 3). A network with k exits (or steps) gives logits (N, k, classes).
+A sample leaves at the first exit t whose confidence reaches the exit's threshold; thresholds are chosen on a held-out set
+and then applied to any other. All functions are pure. `thresholds` gives the numbers of the sample-by-sample search of the
+official codes (kalviny/MSDNet-PyTorch @ f654595270ce, adaptive_inference.py; blackfeather-wang/GFNet-Pytorch @
+8a6775c8267c, inference.py), for many budgets at once.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +28,9 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.softmax(-1).amax(-1)
 
 
-def budget_grid() -> Tensor:
-    """p in {1, ..., 40}/20, from little to much computing; p = 1 shares the samples evenly. (40,) float64.
-
-    As in the official code of the paper (MSDNet-PyTorch stops at 39/20).
-    """
-    return torch.arange(1, 41, dtype=torch.float64) / 20
+def budget_grid(count: int = 39) -> Tensor:
+    """p in {1, ..., count}/20, from little to much computing; p = 1 shares the samples evenly. (count,) float64."""
+    return torch.arange(1, count + 1, dtype=torch.float64) / 20
 
 
 def exit_fractions(p: float | Tensor, k: int) -> Tensor:
@@ -106,6 +105,23 @@ def budgeted(logits: Tensor, labels: Tensor, thresholds: Tensor, costs: Sequence
         cost=expected_cost(exits, costs).item(),
         fractions=exits.bincount(minlength=k).double() / len(exits),
     )
+
+
+def budget_curve(
+    held_out: Tensor, logits: Tensor, labels: Tensor, costs: Sequence[float] | Tensor, grid: Tensor
+) -> list[dict]:
+    """{p, mult_adds, accuracy} on a set for every p of the grid; thresholds from confidences (M, k) of a held-out set."""
+    curve = []
+    for p, chosen in zip(grid.tolist(), thresholds(held_out, exit_fractions(grid, len(costs))), strict=True):
+        found = budgeted(logits, labels, chosen, costs)
+        curve.append({"p": p, "mult_adds": round(found.cost), "accuracy": found.accuracy})
+    return curve
+
+
+def accuracy_at(curve: list[dict], mult_adds: float) -> float:
+    """Linear interpolation of a budget curve; beyond its ends, the end's accuracy."""
+    points = sorted((point["mult_adds"], point["accuracy"]) for point in curve)
+    return float(np.interp(mult_adds, *zip(*points, strict=True)))
 
 
 def thresholds_for_budget(
