@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common.metrics.early_exit import confidence
-
 from .crop import crop
 from .encoders import Encoder
 from .model import GFNet
@@ -50,7 +48,7 @@ class GlanceFocusEngine:
     """images (B, 3, H, W) -> logits (B, classes) of the step that each image stopped at, and that step (B,) int64 in 1..T.
 
     model, policy: copies are made for inference; later changes to them do not reach the engine.
-    thresholds: (T,) confidence for stopping after each step, as `adaptive.thresholds` gives them; the last step takes
+    thresholds: (T,) confidence for stopping after each step, as `early_exit.thresholds` gives them; the last step takes
         the rest, whatever its own. None: all images take all steps.
     chunk: images at a time; None is 32 on the CPU and the whole batch elsewhere.
 
@@ -89,7 +87,8 @@ class GlanceFocusEngine:
             steps.index_fill_(0, rows, t)
             if t == len(self.thresholds):
                 break
-            stay = (~(confidence(logits) >= threshold)).nonzero()[:, 0]  # NaN stays; the step's one wait for the device
+            confidence = logits.softmax(1).amax(1)
+            stay = (~(confidence >= threshold)).nonzero()[:, 0]  # NaN stays; the step's one wait for the device
             if not len(stay):
                 break
             if len(stay) < len(rows):

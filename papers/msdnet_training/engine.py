@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from common.metrics.early_exit import confidence
-
 from .model import Layer
 
 CHUNK = 32  # images at a time: on CPU the finest maps of a larger batch leave the cache between two layers
@@ -164,7 +162,8 @@ class AdaptiveEngine:
         carried = self.stages[i - 1].finish(carried) if i else carried[0]
         carried = self.stages[i].split(carried)
         logits = self.model.exit_logits(i, carried, logits)
-        leaves = (confidence(logits) >= self.thresholds[i]) | (i == len(self.stages) - 1)
+        confidence = logits.softmax(1).amax(1)
+        leaves = (confidence >= self.thresholds[i]) | (i == len(self.stages) - 1)
         answers.append((numbers[leaves, 0], logits[leaves], torch.full_like(numbers[leaves, 0], i)))
         stay = (~leaves).nonzero()[:, 0]
         samples = [numbers, logits, *carried]
