@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import write_atomic
 from common.cli import Job, load_config
 from common.metrics.compute import mult_adds, parameters
 from common.results.records import Measured
 from common.results.reproduce import Experiment, main
 from common.results.stages import gpu_tests, one_record, run_stage, share_of, tier_config
+from common.runtime import broadcast_from_main
 
 from . import search, train
 from .bench import saved_mib, saved_table, search_step_bench
@@ -120,7 +122,7 @@ def search_vs_random(tier: str, job: Job, randoms: int, k1: bool = False) -> Mea
     stages["search"], path = searched(name, job, "search")
     cells = {"searched": path} | {f"random{i}": f"random:{100 * job.seed + i}" for i in range(randoms)}
     if k1:
-        images = round(stages["search"].scale["images"] / k1_over_k4(name, job))
+        images = images_of_k1(stages["search"].scale["images"], name, job)
         stages["search_k1"], cells["k1"] = searched(name, job, "search_k1", K=1, train_images=images)
     for arm, genotype in cells.items():
         stages[arm] = run_stage(train, name, job, arm, genotype=genotype)
@@ -131,6 +133,21 @@ def search_vs_random(tier: str, job: Job, randoms: int, k1: bool = False) -> Mea
         found[f"{stage}_seconds"] = stages[stage].metrics["search_seconds"]["last"]
     metrics = {"searched_test_error": stages["searched"].metrics["test_error"]}
     return recorded(metrics | Measured.of(found).metrics, stages, "searched")
+
+
+def images_of_k1(images: int, name: str, job: Job) -> int:
+    """Training images for a K=1 search that takes as long as the K=4 one on `images`.
+
+    Measured once, and kept beside the stages: a run that goes on, and every process of it, takes the same.
+    """
+    kept, found = job.work_dir / "search_k1_images.txt", torch.zeros((), dtype=torch.int64, device=job.device)
+    if job.world.is_main:
+        if job.resume == "never" or not kept.exists():
+            text = f"{round(images / k1_over_k4(name, job))}\n"
+            write_atomic(kept, lambda file: file.write(text.encode()))
+        found.fill_(int(kept.read_text()))
+    broadcast_from_main([found])
+    return found.item()
 
 
 def k1_over_k4(name: str, job: Job) -> float:

@@ -10,8 +10,9 @@ import torch
 from common import cli, runtime
 from common.cli import Job
 from common.errors import UserError
+from common.results import stages
 from common.runtime import World
-from papers.pc_darts import evaluate, search, train
+from papers.pc_darts import evaluate, reproduce, search, train
 from papers.pc_darts.genotypes import PUBLISHED
 from papers.pc_darts.schedule import learning_rate
 
@@ -33,6 +34,23 @@ KILLED = {
 def test_killed_runs_end_with_bit_identical_weights(script, steps, survives_kills):
     timeless = ("search_seconds", "gpu_days", "train_seconds")
     survives_kills(f"papers.pc_darts.{script}", KILLED[script], steps, every=4, timeless=timeless)
+
+
+def test_equal_search_time_is_measured_once(tmp_path, job, monkeypatch):
+    """A run that was stopped finds another ratio of times; it goes on with the first, as its checkpoints ask."""
+    settings = {"search": (search.Config, TINY_SEARCH), "train": (train.Config, TINY_TRAIN)}
+
+    def load(config, folder, name, section, **changed):
+        made, values = settings[section]
+        return made(**{**values, "epochs": 1, **changed})
+
+    monkeypatch.setattr(stages, "load_config", load)
+    tries = []
+    for ratio, resume in ((2.0, "auto"), (1.6, "auto"), (1.6, "never")):
+        monkeypatch.setattr(reproduce, "k1_over_k4", lambda name, job, ratio=ratio: ratio)
+        tries.append(reproduce.search_vs_random("short", job(tmp_path, resume=resume), randoms=1, k1=True))
+    assert [found.config["search_k1"]["train_images"] for found in tries] == [32, 32, 40]
+    assert [tries[1].curve, tries[1].weights_sha256] == [tries[0].curve, tries[0].weights_sha256]
 
 
 # ---------------------------------------------------------------------------------------------- learning
