@@ -63,7 +63,7 @@ def main(
     bench: Callable[[str, bool], list[dict]],
     table: Callable[[list[dict]], str],
     description: str,
-    argv: list | None = None,
+    argv: list[str] | None = None,
 ) -> None:
     """`python -m papers.<slug>.kernels.bench`: bench(device, quick) gives the rows, table(rows) the text that is printed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
